@@ -1,0 +1,43 @@
+# Every target makes .venv itself. LAMINA_PYTHON picks another interpreter (>= 3.11).
+LAMINA_PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := outputs/demo
+# Tests on outside data are skipped by name where this is not set.
+export LAMINA_TEST_DATA
+
+.PHONY: demo test test-long lint types bench setup clean
+
+setup: $(STAMP)
+$(STAMP): pyproject.toml constraints.txt
+	test -d $(VENV) || $(LAMINA_PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/lamina simulate --multirun strategy=recompress,residual,stack,zeropad \
+	  clients.count=10 'clients.ranks=[32,16,8,8,4,4,2,2,2,2]' rounds=4 train.local_steps=15 \
+	  data.generate=3 output=$(DEMO)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pydoclint --quiet protos strategies server client simulations
+	PYTHONPATH=. $(BIN)/lint-imports
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+test: $(STAMP) lint types
+	$(BIN)/python -m pytest
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/aggregation.py
+	$(BIN)/python benchmarks/quality.py
+
+clean:
+	rm -rf $(VENV) outputs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

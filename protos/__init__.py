@@ -1,0 +1,1 @@
+"""What coordinator and clients must agree on: values, wire format, configuration, errors."""

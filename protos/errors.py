@@ -1,0 +1,83 @@
+"""The exception tree, with the exit code that the command line gives for each.
+
+    LaminaError                 1  a fault of ours
+      ConfigError               2  a setting, file or column that cannot be used
+        DataError               2  data that cannot be read or trained on
+        CheckpointError         2  a checkpoint that is corrupt, truncated or of another base
+      AdapterMismatch           2  an adapter that does not fit the spec
+      UpdateRejected            -  a client's update that is not admitted; counted, never fatal
+      TrainingError             2  training that produced non-finite values
+      QuorumNotReached          3  too few updates before the deadline
+
+A message says what was expected, what was got, where, and what to do next. No message carries a row of data or a secret.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LaminaError(Exception):
+    """Base of all errors raised on purpose; its own exit code means a fault of ours."""
+
+    exit_code = 1
+
+
+class ConfigError(LaminaError):
+    """A setting, path or column that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(ConfigError):
+    """Data that cannot be read, or a silo with nothing to train on."""
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that is corrupt, truncated, or made for another base or configuration."""
+
+
+class AdapterMismatch(LaminaError):
+    """An adapter whose modules or shapes do not fit the negotiated spec."""
+
+    exit_code = 2
+
+
+class UpdateRejected(LaminaError):
+    """An update that admission refuses. `reason` is a short code for counting.
+
+    Args:
+        reason: Code such as `duplicate`, `non-finite`, `schema`.
+        message: The sentence for the log.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class TrainingError(LaminaError):
+    """Local training produced a loss or an adapter that is not finite."""
+
+    exit_code = 2
+
+
+class QuorumNotReached(LaminaError):
+    """Fewer updates than the quorum were accepted before the deadline."""
+
+    exit_code = 3
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the known word closest to `name`, or the empty string.
+
+    Args:
+        name: What the user wrote.
+        known: What could have been meant.
+
+    Returns:
+        ` Did you mean X?` with a leading space, or ``.
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""

@@ -1,0 +1,131 @@
+"""What travels between coordinator and clients, as frozen values. How it is encoded is `codec`'s business."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lamina.protos.adapter import EMPTY, Adapter
+
+Trainable = Literal["AB", "A", "B", "core"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one client can hold, per module; modules that it does not train are absent.
+
+    Attributes:
+        train: Module -> rank that it trains.
+        download: Module -> rank that it can receive in all, trainable part included.
+        scale: Module -> the runtime scale at which it trains.
+        held_version: The release that the client holds already, 0 for none.
+    """
+
+    train: Mapping[str, int]
+    download: Mapping[str, int]
+    scale: Mapping[str, float]
+    held_version: int = 0
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a client receives.
+
+    Attributes:
+        version: The round whose aggregate this is; 0 before the first.
+        trainable: What the client continues from, at its own scale. A module's rank may be below what the client
+            trains: the remaining slots start fresh.
+        frozen: A part that rides beside the trainable one, in factors of scale 1. It replaces what the client
+            holds, or is added to it where `frozen_since` names the version that the client holds.
+        train: Which factors the client trains.
+        frozen_since: Version to which `frozen` is an addition, or None.
+    """
+
+    version: int
+    trainable: Adapter
+    frozen: Adapter | None = None
+    train: Trainable = "AB"
+    frozen_since: int | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client sends back. Every field is under the signature in a deployment.
+
+    Attributes:
+        run_id: The run it belongs to.
+        round: From 1.
+        client_id: Who sends it.
+        parent_release_hash: SHA-256 (hex) of the encoded release that training started from.
+        adapter: The trained adapter (not the change), at the client's own scale and rank.
+        num_examples: Examples in the client's training set.
+        metrics: Numbers about the training, such as `train_loss`.
+        privacy: What the client's mechanism did, or None.
+        signature: Ed25519 over all of the above; empty in memory.
+    """
+
+    run_id: str
+    round: int
+    client_id: str
+    parent_release_hash: str
+    adapter: Adapter = EMPTY
+    num_examples: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    privacy: Mapping[str, float] | None = None
+    signature: bytes = b""
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An update that was not admitted. Counted and reported; never stops a run.
+
+    Attributes:
+        client_id: Who sent it.
+        reason: A short code: see `server.admission`.
+        message: Expected, got, and what the client should change.
+    """
+
+    client_id: str
+    reason: str
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What the coordinator asks of one client in one round.
+
+    Attributes:
+        run_id: The run.
+        round: From 1.
+        client_id: The client asked.
+        release: Encoded trainable part.
+        frozen: Encoded frozen part, or None.
+        version: Version of the release.
+        frozen_since: See `Release`.
+        train: See `Release`.
+    """
+
+    run_id: str
+    round: int
+    client_id: str
+    release: bytes
+    frozen: bytes | None
+    version: int
+    frozen_since: int | None = None
+    train: Trainable = "AB"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back from one client: an encoded update, or the code of what went wrong at the client.
+
+    Attributes:
+        client_id: Who replies.
+        update: Encoded update, or None.
+        failure: A scrubbed code and sentence where there is no update.
+    """
+
+    client_id: str
+    update: bytes | None
+    failure: str = ""

@@ -1,0 +1,69 @@
+"""Server maths: pure functions on plain values. `build` turns a name into a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lamina.protos.errors import ConfigError, nearest
+from lamina.strategies.base import ServerState, Strategy, Weighting
+from lamina.strategies.baselines import FedAvg, FlexLora, Shared, ZeroPad
+from lamina.strategies.exact import Recompress, Residual, Rule, Stack
+
+STRATEGIES = ("recompress", "residual", "stack", "fedavg", "zeropad", "flexlora")
+
+__all__ = ["STRATEGIES", "Options", "ServerState", "Strategy", "build"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a strategy may need to know of the run.
+
+    Attributes:
+        rank: Module -> largest rank among the clients.
+        scale: Module -> scale of the client with the largest rank.
+        rank_cap: For `recompress`.
+        weighting: See `base.client_weights`.
+        learning_rate: The server's eta, for the exact strategies.
+        seed: Of the common start of `fedavg` and `zeropad`.
+    """
+
+    rank: Mapping[str, int]
+    scale: Mapping[str, float]
+    rank_cap: int | None = None
+    weighting: Weighting = "num_examples"
+    learning_rate: float = 1.0
+    seed: int = 0
+
+
+def build(name: str, options: Options) -> Strategy:
+    """A strategy by its name.
+
+    Args:
+        name: One of `STRATEGIES`.
+        options: Of the run.
+
+    Returns:
+        The strategy.
+
+    Raises:
+        ConfigError: If the name is unknown, or the strategy cannot use an option.
+    """
+    uncapped = Rule(None, options.weighting, options.learning_rate)
+    shared = Shared(options.rank, options.scale, options.seed, options.weighting)
+    if name in ("fedavg", "zeropad", "flexlora") and options.learning_rate != 1.0:
+        raise ConfigError(f"aggregation.learning_rate={options.learning_rate}: {name} has none. Use an exact strategy.")
+    match name:
+        case "recompress":
+            return Recompress(Rule(options.rank_cap, options.weighting, options.learning_rate))
+        case "residual":
+            return Residual(uncapped)
+        case "stack":
+            return Stack(uncapped)
+        case "fedavg":
+            return FedAvg(shared)
+        case "zeropad":
+            return ZeroPad(shared)
+        case "flexlora":
+            return FlexLora(options.weighting)
+    raise ConfigError(f"strategy.name={name}: expected one of {', '.join(STRATEGIES)}.{nearest(name, STRATEGIES)}")
