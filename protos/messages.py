@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lamina.protos.adapter import EMPTY, Adapter
+from lamina.protos.files import sha256
 
 Trainable = Literal["AB", "A", "B", "core"]
 
@@ -40,6 +41,7 @@ class Release:
             holds, or is added to it where `frozen_since` names the version that the client holds.
         train: Which factors the client trains.
         frozen_since: Version to which `frozen` is an addition, or None.
+        keep_frozen: Whether later releases may add to the frozen part, so that the client must keep it.
     """
 
     version: int
@@ -47,6 +49,7 @@ class Release:
     frozen: Adapter | None = None
     train: Trainable = "AB"
     frozen_since: int | None = None
+    keep_frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Instruction:
         frozen: Encoded frozen part, or None.
         version: Version of the release.
         frozen_since: See `Release`.
+        keep_frozen: See `Release`.
         train: See `Release`.
     """
 
@@ -113,7 +117,13 @@ class Instruction:
     frozen: bytes | None
     version: int
     frozen_since: int | None = None
+    keep_frozen: bool = False
     train: Trainable = "AB"
+
+    @property
+    def release_hash(self) -> str:
+        """What the update names as its parent: SHA-256 (hex) over the encoded release."""
+        return sha256(self.release + b"|" + (self.frozen or b""))
 
 
 @dataclass(frozen=True)

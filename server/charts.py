@@ -3,7 +3,7 @@
 Two families. `line_chart` draws in a fixed viewBox and scales with the page. `dot_row`, `heat_row`, `bar` and `tick_row`
 place everything in percent of their width, so that a table cell of any width holds them and their text never shrinks.
 Colours are CSS classes defined in `STYLE` for light, dark and print: `c0`…`c7` tell series apart, `d0`…`d3` dash them,
-`q0`…`q6` grow with a magnitude. Null and non-finite values are gaps. Nothing here knows what a run is.
+`q0`…`q6` grow with a magnitude. A line runs on over nulls and breaks at NaN. Nothing here knows what a run is.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 COLOURS, DASHES, STEPS = 8, 4, 7  # classes c0…, d0…, q0… in STYLE
-_TINY, _HUGE = 1e-30, 1e30  # beyond these a value is 0 on a log axis, or a gap
-_GLYPH = 7.4  # widest usual advance of a 12 px character, in viewBox units; leaves room for the larger text of narrow pages
+_TINY, _HUGE = 1e-30, 1e30  # below and above these a value is 0 on a log axis, or not drawn
+_GLYPH = 7.8  # width that a character is given, in viewBox units; holds the larger text of narrow pages too
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 STYLE = """
@@ -42,7 +42,7 @@ svg .band{fill:var(--c);opacity:.14}svg .fill{fill:var(--c)}
 svg .dot{fill:var(--c);stroke:transparent;stroke-width:12;pointer-events:all}svg .dot:hover{stroke:var(--c);stroke-width:4}
 svg .open{fill:var(--bg);stroke:var(--c);stroke-width:1.6}svg .join{stroke:var(--c);stroke-width:2}
 .dense .dot{opacity:0}.dense .dot:hover{opacity:1}
-@media (max-width:560px){svg[viewBox] text{font-size:15px}}
+@media (max-width:560px){svg[viewBox] text{font-size:14px}}
 """
 
 
@@ -120,11 +120,11 @@ class Scale:
         if self.log:
             first, last = round(math.log10(self.low)), round(math.log10(self.high))
             powers = list(range(first, last + 1, max(1, math.ceil((last - first) / count))))
-            return [(10.0**p, "0" if self.zero and p == first else _power(p)) for p in powers]
+            return [(10.0**p, "0" if self.zero and p == first else power(p)) for p in powers]
         rough = (self.high - self.low) / count
         unit = 10.0 ** math.floor(math.log10(rough))
         step = min((m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= rough * 0.999), default=10 * unit)
-        step = max(1.0, math.ceil(step)) if self.whole else step
+        step = float(max(1, math.ceil(step))) if self.whole else step
         places = next((p for p in range(16) if abs(round(step, p) - step) < step * 1e-6), 15)
         numbers = range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)
         return [(n * step, signed(f"{n * step:,.{places}f}")) for n in numbers]
@@ -154,7 +154,15 @@ def signed(text: str) -> str:
     return text.replace("-", "\u2212")
 
 
-def _power(exponent: int) -> str:
+def power(exponent: int) -> str:
+    """A power of ten as text: 10⁻³; 1, 10 and 100 are written out.
+
+    Args:
+        exponent: The power.
+
+    Returns:
+        Text without markup.
+    """
     digits = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return str(10**exponent) if 0 <= exponent < 3 else f"10{digits}"
 
@@ -186,9 +194,10 @@ def fit(values: Iterable[float | None], axis: Axis, start: float, stop: float) -
     kept = [value for value in (axis.bounds or values) if usable(value)] or [0.0, 1.0]
     if axis.log:
         above = [value for value in kept if value > _TINY] or [1.0]
-        low, high = math.floor(math.log10(min(above))), math.ceil(math.log10(max(above)))
         zero = any(value <= _TINY for value in kept)
-        return Scale(10.0 ** (low - zero), 10.0 ** max(high, low + 1 - zero), start, stop, log=True, zero=zero)
+        first = math.floor(math.log10(min(above)))
+        last = max(math.ceil(math.log10(max(above))), first + 1 - zero)
+        return Scale(10.0 ** (first - zero), 10.0**last, start, stop, log=True, zero=zero)
     low, high = min(kept), max(kept)
     room = 0.0 if axis.bounds or axis.whole else 0.06 * (high - low)
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
@@ -269,11 +278,11 @@ def _area(band: Band, along: Scale, up: Scale) -> str:
 
 
 def _line(line: Series, along: Scale, up: Scale) -> str:
-    """The path with its gaps, and a dot with a tooltip for each point that has a tip."""
+    """The path, and a dot with a tooltip for each point that has a tip."""
     path, dots, pen = [], [], "M"
     for index, (a, b) in enumerate(zip(line.x, line.y)):
         if not usable(b):
-            pen = "M"
+            pen = pen if b is None else "M"
             continue
         path.append(f"{pen}{along.at(a):.1f} {up.at(b):.1f}" + ("h.01" if pen == "M" else ""))
         pen = "L"
@@ -323,16 +332,18 @@ def dot_row(dots: Sequence[tuple[float | None, str]], scale: Scale, tip: str, jo
     Returns:
         One `<svg>` element as wide as what holds it.
     """
-    parts = [f'<line class="grid" x1="{scale.at(v):.2f}%" x2="{scale.at(v):.2f}%" y1="0" y2="24"/>'
-             for v, _ in scale.ticks(4)]
+    parts = [
+        f'<line class="grid" x1="{scale.at(v):.2f}%" x2="{scale.at(v):.2f}%" y1="0" y2="30"/>'
+        for v, _ in scale.ticks(4)
+    ]
     kept = [(scale.at(value), style) for value, style in dots if usable(value)]
     if joined and len(kept) > 1:
         (a, _), (b, style) = kept[0], kept[-1]
-        parts.append(f'<line class="join {style}" x1="{a:.2f}%" x2="{b:.2f}%" y1="12" y2="12"/>')
+        parts.append(f'<line class="join {style}" x1="{a:.2f}%" x2="{b:.2f}%" y1="15" y2="15"/>')
     for index, (at, style) in enumerate(kept):
         kind = "open" if joined and index == 0 and len(kept) > 1 else "fill"
-        parts.append(f'<circle class="{kind} {style}" cx="{at:.2f}%" cy="12" r="4.5"/>')
-    return _row("".join(parts), 24, tip)
+        parts.append(f'<circle class="{kind} {style}" cx="{at:.2f}%" cy="15" r="4.5"/>')
+    return _row("".join(parts), 30, tip)
 
 
 def tick_row(marks: Sequence[tuple[float, str]], title: str) -> str:
@@ -345,8 +356,11 @@ def tick_row(marks: Sequence[tuple[float, str]], title: str) -> str:
     Returns:
         One `<svg>` element as wide as what holds it.
     """
-    texts = [f'<text x="{at:.2f}%" y="13" text-anchor="{"start" if at < 2 else "end" if at > 98 else "middle"}">'
-             f"{escape(text)}</text>" for at, text in marks]
+    texts = [
+        f'<text x="{at:.2f}%" y="13" text-anchor="{"start" if at < 2 else "end" if at > 98 else "middle"}">'
+        f"{escape(text)}</text>"
+        for at, text in marks
+    ]
     return _row("".join(texts), 18, title)
 
 

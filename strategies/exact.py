@@ -239,10 +239,11 @@ class Stack:
         """Nothing to continue from; frozen, the last round's concatenation, or all of G to one who missed a round."""
         trainable = Adapter({}, state.adapter.dense)
         if state.round == 0:
-            return Release(0, trainable, None)
+            return Release(0, trainable, None, keep_frozen=True)
         if budget.held_version == state.round - 1 and "increment" in state.optimizer:
-            return Release(state.round, trainable, state.optimizer["increment"], frozen_since=budget.held_version)
-        return Release(state.round, trainable, Adapter(state.adapter.lora))
+            increment = state.optimizer["increment"]
+            return Release(state.round, trainable, increment, frozen_since=budget.held_version, keep_frozen=True)
+        return Release(state.round, trainable, Adapter(state.adapter.lora), keep_frozen=True)
 
     def step(
         self, state: ServerState, updates: Sequence[Update], releases: Mapping[str, Release], rng: np.random.Generator

@@ -1,0 +1,355 @@
+"""Rows of text to token examples: plain text, prompt and response, chat messages, or text with a label.
+
+Files are jsonl, csv, parquet or txt, a directory of them, or a data set that the `datasets` library loads by hub id. No row
+is ever part of an error message: messages name the file, line and column.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamina.protos.config import DataConfig
+from lamina.protos.errors import DataError
+
+Row = Mapping[str, Any]
+SUFFIXES = (".jsonl", ".csv", ".parquet", ".txt")
+# Column that loaders add: the file of a directory that a row came from.
+FILE_COLUMN = "__file__"
+_PARAGRAPHS_CHARS = 2000
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One training example.
+
+    Attributes:
+        tokens: (length,) int32.
+        targets: (length,) bool; whether each token is predicted from those before it. The first never is.
+        label: Class index, or -1 for causal-lm.
+    """
+
+    tokens: NDArray[np.int32]
+    targets: NDArray[np.bool_]
+    label: int = -1
+
+
+def load_rows(source: str, config: DataConfig) -> list[Row]:
+    """All rows of a source.
+
+    Args:
+        source: A file, a directory, or a hub id.
+        config: Revision and split of hub ids, text column of txt files.
+
+    Returns:
+        Rows as mappings from column to value; of a directory also `FILE_COLUMN`.
+
+    Raises:
+        DataError: If nothing is there, or a file is truncated or malformed; file and line are named.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES and one.is_file())
+        if not files:
+            raise DataError(
+                f"data.source={source}: expected files ending in {', '.join(SUFFIXES)}, found none in this directory."
+            )
+        return [{**row, FILE_COLUMN: str(file.relative_to(path))} for file in files for row in _read(file, config)]
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise DataError(
+                f"data.source={source}: expected a file ending in {', '.join(SUFFIXES)}, got {path.suffix!r}."
+            )
+        return list(_read(path, config))
+    if source.startswith((".", "/", "~")) or source.lower().endswith(SUFFIXES):
+        raise DataError(f"data.source={source}: expected a file, found none. Check the path.")
+    return _from_hub(source, config)
+
+
+def _from_hub(source: str, config: DataConfig) -> list[Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"data.source={source}: a hub id needs the extra [client]: pip install 'lamina-fl[client]'."
+        ) from None
+    try:
+        loaded = datasets.load_dataset(source, revision=config.revision or None, split=config.split)
+    except Exception as error:  # noqa: BLE001 - whatever the library raises means that the id cannot be had
+        raise DataError(
+            f"data.source={source}: expected stdlib, a local file or directory, or a hub id that can be reached, "
+            f"got {type(error).__name__}. Check the spelling, the network, data.revision and data.split."
+        ) from None
+    return [dict(row) for row in loaded]
+
+
+def _read(path: Path, config: DataConfig) -> Iterator[Row]:
+    readers: Mapping[str, Callable[[Path, DataConfig], Iterator[Row]]] = {
+        ".jsonl": _read_jsonl,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+        ".txt": _read_txt,
+    }
+    try:
+        yield from readers[path.suffix.lower()](path, config)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: expected UTF-8 text, got other bytes at byte {error.start}. Convert the file."
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: expected a readable file, got {error.strerror or type(error).__name__}.") from None
+
+
+def _read_jsonl(path: Path, _: DataConfig) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise DataError(
+                    f"{path}, line {number}: expected one JSON object a line. Is the file truncated?"
+                ) from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
+            yield row
+
+
+def _read_csv(path: Path, _: DataConfig) -> Iterator[Row]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    wanted = len(reader.fieldnames or ())
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: expected {wanted} columns. Is the file truncated?"
+                    )
+                yield row
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {reader.line_num}: expected CSV, got {error}. Is the file truncated?"
+            ) from None
+
+
+def _read_parquet(path: Path, _: DataConfig) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        yield from parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(
+            f"{path}: expected a parquet file, got {type(error).__name__}. Is the file truncated?"
+        ) from None
+
+
+def _read_txt(path: Path, config: DataConfig) -> Iterator[Row]:
+    """Paragraphs, joined until they make about 2000 characters."""
+    gathered: list[str] = []
+    for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
+        gathered.append(paragraph)
+        if sum(map(len, gathered)) >= _PARAGRAPHS_CHARS:
+            yield {config.text_column: "\n\n".join(gathered)}
+            gathered = []
+    if "".join(gathered).strip():
+        yield {config.text_column: "\n\n".join(gathered)}
+
+
+def check_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> None:
+    """Raise unless every row has the columns.
+
+    Args:
+        rows: Loaded rows.
+        columns: What the config names.
+        where: The source, for messages.
+
+    Raises:
+        DataError: Naming the missing column and those that exist, or that there is no row at all.
+    """
+    if not rows:
+        raise DataError(f"{where}: expected rows, found none. Check the file.")
+    for column in columns:
+        for number, row in enumerate(rows, 1):
+            if row.get(column) is None:
+                known = ", ".join(sorted(str(key) for key in rows[0] if key != FILE_COLUMN))
+                raise DataError(f"{where}: no column {column!r} in row {number}. Columns of the first row: {known}.")
+
+
+def text_columns(config: DataConfig, task: str) -> list[str]:
+    """The columns that examples are made from.
+
+    Args:
+        config: The data settings.
+        task: `causal-lm` or `sequence-classification`.
+
+    Returns:
+        Column names.
+    """
+    if task == "sequence-classification":
+        return [config.text_column, config.label_column]
+    if config.messages_column:
+        return [config.messages_column]
+    if config.prompt_column:
+        return [config.prompt_column, config.response_column]
+    return [config.text_column]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How rows become examples.
+
+    Attributes:
+        tokenizer: A transformers tokenizer.
+        config: Columns, template and what carries loss.
+        task: `causal-lm` or `sequence-classification`.
+        labels: Ordered label list.
+        max_length: Most tokens of an example.
+    """
+
+    tokenizer: Any
+    config: DataConfig
+    task: str
+    labels: tuple[str, ...]
+    max_length: int
+
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
+        """Examples of all rows; a long plain text gives several windows, each token in exactly one.
+
+        Args:
+            rows: Rows that have the configured columns.
+
+        Returns:
+            Examples with at least one target (or a label).
+
+        Raises:
+            DataError: If a label is not in the list, or messages are malformed.
+        """
+        if self.task == "sequence-classification":
+            return self._labelled(rows)
+        if self.config.messages_column:
+            made = [self._chat(row[self.config.messages_column]) for row in rows]
+        elif self.config.prompt_column:
+            made = self._responses(rows)
+        else:
+            return self._windows(rows)
+        return [example for example in made if example.targets.any()]
+
+    def _tokens(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
+        return [list(ids) for ids in encoded]
+
+    def _end(self) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return [] if end is None else [int(end)]
+
+    def _windows(self, rows: Sequence[Row]) -> list[Example]:
+        examples = []
+        for ids in self._tokens([str(row[self.config.text_column]) for row in rows]):
+            whole = ids + self._end()
+            for start in range(0, len(whole), self.max_length):
+                window = whole[start : start + self.max_length]
+                if len(window) >= 2:
+                    examples.append(_example(window, np.arange(len(window)) > 0))
+        return examples
+
+    def _responses(self, rows: Sequence[Row]) -> list[Example]:
+        prompts = [self.config.template.replace("{prompt}", str(row[self.config.prompt_column])) for row in rows]
+        responses = self._tokens([str(row[self.config.response_column]) for row in rows])
+        examples = []
+        for prompt, response in zip(self._tokens(prompts), responses, strict=True):
+            ids = (prompt + response + self._end())[: self.max_length]
+            positions = np.arange(len(ids))
+            examples.append(
+                _example(ids, positions > 0 if self.config.loss_on == "all" else positions >= max(1, len(prompt)))
+            )
+        return examples
+
+    def _chat(self, messages: Any) -> Example:
+        if not isinstance(messages, list) or not all(
+            isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages
+        ):
+            column = self.config.messages_column
+            raise DataError(
+                f"data.messages_column={column}: expected a list of objects with role and content in every row."
+            )
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise DataError(
+                "data.messages_column: expected a tokenizer with a chat template. Use prompt and response columns."
+            )
+        ids, targets = render_chat(self.tokenizer, messages)
+        if self.config.loss_on == "all":
+            targets = np.ones(len(ids), bool)
+        targets[:1] = False
+        return _example(ids[: self.max_length], targets[: self.max_length])
+
+    def _labelled(self, rows: Sequence[Row]) -> list[Example]:
+        index = {label: number for number, label in enumerate(self.labels)}
+        texts = [str(row[self.config.text_column]) for row in rows]
+        encoded = (
+            self.tokenizer(texts, truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
+            if texts
+            else []
+        )
+        examples = []
+        for number, (row, ids) in enumerate(zip(rows, encoded, strict=True), 1):
+            label = index.get(str(row[self.config.label_column]))
+            if label is None:
+                raise DataError(
+                    f"data.label_column={self.config.label_column}: the label of row {number} is not in data.labels "
+                    f"({len(self.labels)} labels). Add it there, or leave data.labels empty in a simulation."
+                )
+            examples.append(Example(np.asarray(ids, np.int32), np.zeros(len(ids), bool), label))
+        return examples
+
+
+def _example(ids: Sequence[int], targets: NDArray[np.bool_]) -> Example:
+    return Example(np.asarray(ids, np.int32), np.asarray(targets, bool))
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], NDArray[np.bool_]]:
+    """Tokens of a conversation, and which of them the assistant wrote.
+
+    Found by rendering growing prefixes, so that it works with any template that renders prefixes as prefixes.
+
+    Args:
+        tokenizer: With a chat template.
+        messages: Objects with role and content.
+
+    Returns:
+        Ids (length,), and bool (length,), true on assistant content and the tokens that end its turn.
+
+    Raises:
+        DataError: If the template does not render prefixes as prefixes.
+    """
+
+    def rendered(some: Sequence[Mapping[str, Any]], generation: bool) -> list[int]:
+        text = (
+            tokenizer.apply_chat_template(list(some), tokenize=False, add_generation_prompt=generation) if some else ""
+        )
+        return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    ids = rendered(messages, False)
+    targets = np.zeros(len(ids), bool)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start, stop = rendered(messages[:turn], True), rendered(messages[: turn + 1], False)
+        if ids[: len(start)] != start or ids[: len(stop)] != stop:
+            raise DataError(
+                "data.messages_column: the tokenizer's chat template rewrites earlier turns. Use loss_on=all."
+            )
+        targets[len(start) : len(stop)] = True
+    return ids, targets

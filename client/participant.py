@@ -1,0 +1,141 @@
+"""One client of a run: an instruction in, an update out.
+
+The path of an update at the site: decode and check the release, fill the slots, train, check, encode. What a client keeps from
+round to round is `ClientState`, a value; the base is shared by whoever runs on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lamina.client import frozen as frozen_part
+from lamina.client.data import Example
+from lamina.client.frozen import Frozen
+from lamina.client.model import Base, put, take
+from lamina.client.train import Task, completed, train
+from lamina.protos import seeds
+from lamina.protos.adapter import Adapter, is_finite
+from lamina.protos.codec import WireFormat, decode, encode_update
+from lamina.protos.config import TrainConfig
+from lamina.protos.errors import AdapterMismatch, TrainingError
+from lamina.protos.messages import Budget, Instruction, Reply, Update
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """What a client carries from round to round.
+
+    Attributes:
+        version: Of the release that it holds; -1 for none.
+        frozen: Its frozen part, or None.
+        optimizer: Optimizer tensors by name, where they are kept.
+    """
+
+    version: int = -1
+    frozen: Frozen | None = None
+    optimizer: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a client is.
+
+    Attributes:
+        client_id: Its name.
+        examples: Its training set.
+        budget: Its ranks and scales.
+        train: Local training settings.
+        rounds: Of the campaign, for the schedule.
+        wire: Number format of its updates.
+        seed: Of the run.
+    """
+
+    client_id: str
+    examples: Sequence[Example]
+    budget: Budget
+    train: TrainConfig
+    rounds: int
+    wire: WireFormat
+    seed: int
+
+
+Progress = Callable[[int, float], None]
+# Frozen parts by content, so that clients with one history share one in memory.
+Shared = dict[str, Frozen]
+
+
+def respond(
+    site: Site,
+    base: Base,
+    state: ClientState,
+    instruction: Instruction,
+    shared: Shared,
+    progress: Progress | None = None,
+) -> tuple[Reply, ClientState]:
+    """Take part in one round.
+
+    Args:
+        site: Who.
+        base: The frozen base; its slots are overwritten.
+        state: What the client carries.
+        instruction: The round's release and what to do with it.
+        shared: Frozen parts known on this machine; may gain one.
+        progress: Called after each training step.
+
+    Returns:
+        The reply with the encoded update, and what to carry on.
+
+    Raises:
+        UpdateRejected: If the release is malformed.
+        AdapterMismatch: If it does not fit this client's base, or adds to a version that the client does not hold.
+        TrainingError: If training is not finite.
+    """
+    where = f"client {site.client_id}, round {instruction.round}, release"
+    release = decode(instruction.release)
+    base.spec.check(release, where)
+    beside = _frozen(state, instruction, base, shared, where)
+    task = Task(site.client_id, instruction.round, site.rounds, site.seed, site.train)
+    start = completed(release, site.budget.train, site.budget.scale, task, base)
+    put(base, start, beside)
+    metrics, optimizer = train(base, site.examples, task, start, state.optimizer or None, progress)
+    adapter = take(base)
+    if not is_finite(adapter):
+        raise TrainingError(f"{where}: expected finite factors after training. Lower train.learning_rate.")
+    update = Update(
+        run_id=instruction.run_id,
+        round=instruction.round,
+        client_id=site.client_id,
+        parent_release_hash=instruction.release_hash,
+        adapter=adapter,
+        num_examples=len(site.examples),
+        metrics=metrics,
+    )
+    payload = encode_update(update, site.wire, seeds.stream(site.seed, "wire", site.client_id, instruction.round))
+    after = ClientState(
+        version=instruction.version,
+        frozen=beside if instruction.keep_frozen else None,
+        optimizer=optimizer if site.train.keep_optimizer else {},
+    )
+    return Reply(site.client_id, payload), after
+
+
+def _frozen(state: ClientState, instruction: Instruction, base: Base, shared: Shared, where: str) -> Frozen | None:
+    if instruction.frozen is None:
+        return None
+    part: Adapter = decode(instruction.frozen)
+    base.spec.check(part, where)
+    before = None
+    if instruction.frozen_since is not None:
+        if instruction.frozen_since != state.version:
+            raise AdapterMismatch(
+                f"{where}: it adds to version {instruction.frozen_since}, this client holds {state.version}. "
+                "Ask for the whole frozen part."
+            )
+        before = state.frozen
+    digest = frozen_part.digest_of(part, before)
+    if digest not in shared:
+        shared[digest] = frozen_part.added(before, part)
+    return shared[digest]

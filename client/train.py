@@ -1,0 +1,339 @@
+"""Local training: an explicit loop on whatever the slots hold. Losses are sums over tokens divided by the step's tokens, so
+accumulation over micro-batches equals one large batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lamina.client.data import Example
+from lamina.client.model import Base, put, trainable_parameters, training_mode
+from lamina.protos import seeds
+from lamina.protos.adapter import Adapter, LoraFactors
+from lamina.protos.config import TrainConfig
+from lamina.protos.errors import TrainingError
+
+Optimizer = Mapping[str, torch.Tensor]
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded examples on a device.
+
+    Attributes:
+        tokens: (batch, length) int64.
+        mask: (batch, length) int64, 0 on padding.
+        targets: (batch, length) int64 with -100 where no loss falls, or labels (batch,).
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    targets: torch.Tensor
+
+
+def collate(examples: Sequence[Example], pad: int, device: torch.device) -> Batch:
+    """Pad examples to the longest of them.
+
+    Args:
+        examples: At least one.
+        pad: Id of the padding token.
+        device: Where to.
+
+    Returns:
+        A batch.
+    """
+    length = max(len(example.tokens) for example in examples)
+    tokens = np.full((len(examples), length), pad, np.int64)
+    mask = np.zeros((len(examples), length), np.int64)
+    targets = np.full((len(examples), length), IGNORED, np.int64)
+    for row, example in enumerate(examples):
+        size = len(example.tokens)
+        tokens[row, :size], mask[row, :size] = example.tokens, 1
+        targets[row, :size] = np.where(example.targets, example.tokens, IGNORED)
+    if examples[0].label >= 0:
+        targets = np.array([example.label for example in examples], np.int64)
+    return Batch(*(torch.from_numpy(values).to(device) for values in (tokens, mask, targets)))
+
+
+def losses(base: Base, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Summed negative log-likelihood of a batch, hits, and how many targets there are.
+
+    Args:
+        base: With an adapter in its slots.
+        batch: What to score.
+
+    Returns:
+        Sum in nats (float32 scalar with gradient), number of targets whose most likely value is right, number of targets.
+    """
+    logits = base.model(input_ids=batch.tokens, attention_mask=batch.mask).logits
+    if batch.targets.dim() == 1:
+        scores, wanted = logits.float(), batch.targets
+    else:
+        scores, wanted = logits[:, :-1].reshape(-1, logits.shape[-1]).float(), batch.targets[:, 1:].reshape(-1)
+        kept = wanted != IGNORED
+        scores, wanted = scores[kept], wanted[kept]
+    total = torch.nn.functional.cross_entropy(scores, wanted, reduction="sum")
+    hits = (scores.detach().argmax(-1) == wanted).sum()
+    return total, hits, int(wanted.numel())
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """The rate at one optimizer step of the campaign.
+
+    Args:
+        config: Peak, warm-up, schedule.
+        step: From 0, over all rounds.
+        steps: Of the whole campaign.
+
+    Returns:
+        Linear warm-up times constant or cosine to `final_learning_rate` of the peak.
+    """
+    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.schedule == "constant":
+        return config.learning_rate * warm
+    share = min(1.0, max(0.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps)))
+    cosine = config.final_learning_rate + (1 - config.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * share))
+    return config.learning_rate * warm * cosine
+
+
+def batches(examples: Sequence[Example], size: int, rng: np.random.Generator) -> Iterator[list[Example]]:
+    """Endless batches, each pass over the examples in a new order.
+
+    Args:
+        examples: At least one.
+        size: Examples in a batch.
+        rng: Of the order.
+
+    Yields:
+        `size` examples; a pass may end within a batch.
+    """
+    queue: list[int] = []
+    while True:
+        while len(queue) < size:
+            queue.extend(int(index) for index in rng.permutation(len(examples)))
+        yield [examples[index] for index in queue[:size]]
+        queue = queue[size:]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One client's share of one round.
+
+    Attributes:
+        client_id: Whose.
+        round: From 1.
+        rounds: Of the campaign.
+        seed: Of the run.
+        config: Local training settings.
+    """
+
+    client_id: str
+    round: int
+    rounds: int
+    seed: int
+    config: TrainConfig
+
+
+def train(
+    base: Base,
+    examples: Sequence[Example],
+    task: Task,
+    start: Adapter,
+    kept: Optimizer | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Train what is in the slots for one round.
+
+    Args:
+        base: With the start in its slots; changed in place.
+        examples: The client's training set.
+        task: Round, seed, settings.
+        start: What is in the slots, for the proximal term.
+        kept: Optimizer state of an earlier round, or None for a fresh one.
+        progress: Called after each step with its number and loss.
+
+    Returns:
+        Metrics (`train_loss` in nats per target, the mean over steps; `tokens`; `seconds`), and the optimizer state.
+
+    Raises:
+        TrainingError: If a loss is not finite.
+    """
+    config, started = task.config, time.monotonic()
+    parameters = trainable_parameters(base)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    if kept:
+        _restore(optimizer, parameters, kept)
+    torch.manual_seed(seeds.integer(task.seed, "dropout", task.client_id, task.round))
+    stream = batches(examples, config.batch_size, seeds.stream(task.seed, "batches", task.client_id, task.round))
+    first, step_losses, tokens = (task.round - 1) * config.local_steps, [], 0
+    anchor = _anchor(start, base) if config.proximal > 0 else {}
+    with training_mode(base):
+        for step in range(config.local_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, first + step, task.rounds * config.local_steps)
+            loss, count = _step(base, [next(stream) for _ in range(config.accumulation)], task, anchor, step)
+            if config.max_grad_norm > 0:
+                torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step_losses.append(loss)
+            tokens += count
+            if progress is not None:
+                progress(step + 1, loss)
+    metrics = {
+        "train_loss": float(np.mean(step_losses)),
+        "tokens": float(tokens),
+        "seconds": time.monotonic() - started,
+    }
+    return metrics, _saved(optimizer, parameters)
+
+
+def _step(
+    base: Base,
+    micro: Sequence[Sequence[Example]],
+    task: Task,
+    anchor: Mapping[str, tuple[torch.Tensor, ...]],
+    step: int,
+) -> tuple[float, int]:
+    """Gradients of one optimizer step; its loss and number of targets."""
+    prepared = [collate(examples, pad_id(base), base.device) for examples in micro]
+    count = sum(_num_targets(batch) for batch in prepared)
+    total = 0.0
+    for batch in prepared:
+        with autocast(base.device, task.config.precision):
+            summed, _, _ = losses(base, batch)
+        (summed / max(1, count)).backward()  # type: ignore[no-untyped-call]
+        total += float(summed.detach())
+    loss = total / max(1, count)
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"client {task.client_id}, round {task.round}, step {step + 1}: expected a finite loss, got {loss}. "
+            "Lower train.learning_rate, or set train.max_grad_norm. Completed rounds are kept: resume from them."
+        )
+    if anchor:
+        (0.5 * task.config.proximal * _proximal(base, anchor)).backward()  # type: ignore[no-untyped-call]
+    return loss, count
+
+
+def _num_targets(batch: Batch) -> int:
+    if batch.targets.dim() == 1:
+        return int(batch.targets.numel())
+    return int((batch.targets[:, 1:] != IGNORED).sum())
+
+
+def pad_id(base: Base) -> int:
+    """Id of the padding token, 0 where the tokenizer has none.
+
+    Args:
+        base: The base.
+
+    Returns:
+        Token id.
+    """
+    return int(base.tokenizer.pad_token_id or 0)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
+    """bf16 autocast where asked for or, with `auto`, where the accelerator has it; nothing otherwise.
+
+    Args:
+        device: Of the model.
+        precision: `auto`, `fp32` or `bf16`.
+
+    Returns:
+        A context manager.
+    """
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if precision == "bf16" or (precision == "auto" and able):
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _anchor(start: Adapter, base: Base) -> dict[str, tuple[torch.Tensor, ...]]:
+    anchor: dict[str, tuple[torch.Tensor, ...]] = {
+        module: tuple(torch.tensor(values, device=base.device) for values in (f.A, f.B))
+        for module, f in start.lora.items()
+    }
+    return anchor | {name: (torch.tensor(value, device=base.device),) for name, value in start.dense.items()}
+
+
+def _proximal(base: Base, anchor: Mapping[str, tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """Squared distance of products from the release, by r x r Gram matrices; independent of how a product is factored."""
+    total = torch.zeros((), device=base.device)
+    for name, then in anchor.items():
+        if len(then) == 1:
+            total = total + (base.parameter(name) - then[0]).square().sum()
+            continue
+        layer = base.layer(name)
+        rows, columns = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        left, right = torch.cat([columns, -then[1]], dim=1), torch.cat([rows, then[0]])
+        total = total + layer.scaling["default"] ** 2 * ((left.T @ left) * (right @ right.T)).sum()
+    return total
+
+
+def _saved(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    saved = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            saved[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().clone()
+    return saved
+
+
+def _restore(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], kept: Optimizer) -> None:
+    for name, parameter in parameters.items():
+        state = {key.rsplit("/", 1)[1]: value.clone() for key, value in kept.items() if key.rsplit("/", 1)[0] == name}
+        if state and state["exp_avg"].shape == parameter.shape:
+            moved = {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
+            optimizer.state[parameter] = moved
+
+
+def completed(
+    release: Adapter, budget_ranks: Mapping[str, int], scales: Mapping[str, float], task: Task, base: Base
+) -> Adapter:
+    """The adapter to train: the released prefix, and fresh slots up to the client's rank.
+
+    A fresh slot has B = 0 and A uniform in +-1/sqrt(d_in) (Kaiming, as in peft), seeded by run, client, round and module, so
+    that the product is that of the prefix and every slot gets a gradient within two steps.
+
+    Args:
+        release: Decoded trainable part, at the client's scales.
+        budget_ranks: Module -> rank that the client trains.
+        scales: Module -> scale.
+        task: For the seed.
+        base: For the shapes.
+
+    Returns:
+        An adapter of exactly the client's ranks.
+    """
+    lora = {}
+    for module, rank in budget_ranks.items():
+        d_out, d_in = base.spec.modules[module]
+        bound = 1.0 / math.sqrt(d_in)
+        got = release.lora.get(module)
+        known = 0 if got is None else got.rank
+        fresh = seeds.stream(task.seed, "slots", task.client_id, task.round, module).uniform(
+            -bound, bound, (rank - known, d_in)
+        )
+        rows, columns = fresh.astype(np.float32), np.zeros((d_out, rank - known), np.float32)
+        if got is not None:
+            rows, columns = np.concatenate([got.A, rows]), np.concatenate([got.B, columns], axis=1)
+        lora[module] = LoraFactors(rows, columns, scales[module])
+    return Adapter(lora, release.dense)
+
+
+def fresh_start(base: Base, adapter: Adapter) -> None:
+    """Put an adapter in the slots with nothing frozen beside it, ready to train.
+
+    Args:
+        base: The base.
+        adapter: What to train.
+    """
+    put(base, adapter, None)

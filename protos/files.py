@@ -1,0 +1,70 @@
+"""Writing files so that a crash leaves the old one or the new one, never half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file through a temporary neighbour, flushed to disk before it takes the name.
+
+    Args:
+        path: Where; the folder is made if need be.
+        content: Text is written as UTF-8.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
+    """Write JSON with one-space indentation; NaN and infinities are refused.
+
+    Args:
+        path: Where.
+        value: The document.
+    """
+    write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder that appears with all its files or not at all; an older one of the name is replaced.
+
+    Args:
+        path: The folder.
+        files: Name -> content.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, content in files.items():
+        write_atomic(partial / name, content)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(partial, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(content: bytes) -> str:
+    """SHA-256 in hex.
+
+    Args:
+        content: Any bytes.
+
+    Returns:
+        64 characters.
+    """
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,144 @@
+"""The global adapter as a directory that peft loads, written without peft or torch: a config, safetensors, a model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from lamina.protos.adapter import Adapter, Array, LoraFactors, rescaled
+from lamina.protos.files import write_atomic, write_folder
+from lamina.protos.spec import AdapterSpec
+
+_PREFIX = "base_model.model."
+
+
+def peft_config(adapter: Adapter, spec: AdapterSpec) -> dict[str, Any]:
+    """Peft's `adapter_config.json` for factors of scale 1.
+
+    Args:
+        adapter: The global adapter; each module's rank may differ.
+        spec: Task, modules and dense parameters.
+
+    Returns:
+        The document. `lora_alpha` equals the rank in every module, so that peft's scale is 1.
+    """
+    ranks = {module: max(1, factors.rank) for module, factors in adapter.lora.items()}
+    rank = max(ranks.values(), default=1)
+    pattern = {module: value for module, value in ranks.items() if value != rank}
+    heads = sorted({name.rsplit(".", 1)[0] for name in spec.dense})
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if spec.task == "sequence-classification" else "CAUSAL_LM",
+        "base_model_name_or_path": spec.base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": sorted(adapter.lora),
+        "modules_to_save": heads or None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def peft_tensors(adapter: Adapter) -> dict[str, Array]:
+    """Peft's tensors by name, at scale 1; a module of rank 0 gets rank 1 with zeros, as peft has no rank 0.
+
+    Args:
+        adapter: The global adapter.
+
+    Returns:
+        Name -> float32 array.
+    """
+    tensors: dict[str, Array] = {}
+    for module, factors in adapter.lora.items():
+        d_out, d_in = factors.shape
+        if factors.rank == 0:
+            factors = LoraFactors(np.zeros((1, d_in), np.float32), np.zeros((d_out, 1), np.float32))
+        unit = rescaled(factors, 1.0)
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(unit.A, np.float32)
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(unit.B, np.float32)
+    for name, value in adapter.dense.items():
+        tensors[_PREFIX + name] = np.ascontiguousarray(value, np.float32)
+    return tensors
+
+
+def write_adapter(folder: Path, adapter: Adapter, spec: AdapterSpec, fan_in_fan_out: bool = False) -> None:
+    """Write `adapter_config.json`, `adapter_model.safetensors` and `spec.json`; the folder appears whole.
+
+    Args:
+        folder: Where.
+        adapter: The global adapter.
+        spec: What it belongs to.
+        fan_in_fan_out: Whether the base keeps its weights transposed (GPT-2).
+    """
+    config = peft_config(adapter, spec) | {"fan_in_fan_out": fan_in_fan_out}
+    write_folder(
+        folder,
+        {
+            "adapter_config.json": (json.dumps(config, indent=1) + "\n").encode(),
+            "adapter_model.safetensors": bytes(save(peft_tensors(adapter), {"format": "pt"})),
+            "spec.json": spec.to_json().encode(),
+        },
+    )
+
+
+def write_card(folder: Path, summary: Mapping[str, Any], spec: AdapterSpec, config: Mapping[str, Any]) -> None:
+    """Write the model card, `README.md`, from the run's summary.
+
+    Args:
+        folder: The adapter's folder.
+        summary: `summary.json`.
+        spec: The schema.
+        config: The resolved config.
+    """
+    evaluation, aggregation = summary["eval"], summary["aggregation"]
+    unit = "example" if spec.task == "sequence-classification" else "token"
+    figures = [("held-out loss, nats a " + unit, evaluation["base_loss"], evaluation["final_loss"])]
+    if evaluation.get("final_accuracy") is not None and spec.task == "sequence-classification":
+        figures.append(("held-out accuracy", evaluation["base_accuracy"], evaluation["final_accuracy"]))
+    rows = "\n".join(f"| {name} | {_figure(before)} | {_figure(after)} |" for name, before, after in figures)
+    privacy = "none" if summary["privacy"] is None else json.dumps(summary["privacy"])
+    card = f"""---
+base_model: {spec.base_model}
+library_name: peft
+tags: [lora, federated-learning, lamina]
+---
+# Federated LoRA adapter
+
+Trained by {summary["clients"]} clients over {summary["rounds"]} rounds with Lamina's `{summary["strategy"]}` strategy
+(run `{summary["run_id"]}`, seed {summary["seed"]}).
+
+| | base | with this adapter |
+|---|---|---|
+{rows}
+
+- Task: {spec.task}; adapted modules: {len(spec.modules)}; parameters trained whole: {len(spec.dense)}.
+- Largest relative distance of a stored aggregate from the exact weighted mean: {aggregation["relative_error"]:.3g}.
+- Differential privacy: {privacy}. Without it, the adapter may reveal training text.
+- Base model, SHA-256 over its float32 weights: `{spec.hashes.get("weights", "unknown")}`.
+- Data: `{config["data"]["source"]}`, partition `{config["partition"]["kind"]}`.
+
+```python
+from peft import PeftModel
+from transformers import Auto{"ModelForSequenceClassification" if spec.labels else "ModelForCausalLM"}
+
+base = Auto{"ModelForSequenceClassification" if spec.labels else "ModelForCausalLM"}.from_pretrained(BASE{f", num_labels={len(spec.labels)}" if spec.labels else ""})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
+    write_atomic(folder / "README.md", card)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

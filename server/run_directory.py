@@ -1,0 +1,197 @@
+"""The run directory: what a run leaves behind, and what it needs to go on. Fixed names; see docs/run-directory.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import save
+
+from lamina.protos.adapter import Adapter, Array
+from lamina.protos.errors import CheckpointError, ConfigError
+from lamina.protos.files import write_atomic, write_json
+from lamina.server import checkpoint
+from lamina.server.checkpoint import Checkpoint
+from lamina.server.rounds import Completed
+
+
+def create(path: Path, config_yaml: str) -> None:
+    """Start a run directory.
+
+    Args:
+        path: Where; must not hold a run already.
+        config_yaml: The resolved config.
+
+    Raises:
+        ConfigError: If something is there.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(
+            f"output={path}: expected a new or empty directory, found something there. "
+            f"Choose another, remove it, or continue that run with resume={path}."
+        )
+    try:
+        write_atomic(path / "config.yaml", config_yaml)
+        write_atomic(path / "rounds.jsonl", "")
+        (path / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={path}: expected a place to write, got {error.strerror}.") from None
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The rounds so far.
+
+    Args:
+        path: The run directory.
+
+    Returns:
+        One record a round. A torn last line, as a crash leaves it, is left out.
+
+    Raises:
+        CheckpointError: If any other line is malformed.
+    """
+    lines = (path / "rounds.jsonl").read_text().splitlines() if (path / "rounds.jsonl").exists() else []
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number == len(lines):
+                break
+            raise CheckpointError(f"{path / 'rounds.jsonl'}, line {number}: expected one JSON object a line.") from None
+    return records
+
+
+def resume(path: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
+    """The last durable round, with `rounds.jsonl` brought to agree with it.
+
+    Args:
+        path: The run directory.
+        identity: What the run is now: base hashes and fixed settings.
+
+    Returns:
+        The checkpoint, or None where no round was completed.
+
+    Raises:
+        CheckpointError: If it is corrupt, or belongs to another base or other settings.
+    """
+    last = checkpoint.load_last(path)
+    if last is None:
+        write_atomic(path / "rounds.jsonl", "")
+        return None
+    for key, wanted in last.identity.items():
+        if identity.get(key) != wanted:
+            raise CheckpointError(
+                f"{path}: expected {key} {_short(wanted)} as in its checkpoint, got {_short(identity.get(key))}. "
+                "Resume with the base, data and settings that the run began with."
+            )
+    records = [record for record in read_records(path) if record["round"] < last.state.round]
+    if [record["round"] for record in records] != list(range(1, last.state.round)):
+        raise CheckpointError(
+            f"{path / 'rounds.jsonl'}: expected rounds 1 to {last.state.round - 1}, some are missing."
+        )
+    _write_records(path, [*records, dict(last.record)])
+    return last
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    write_atomic(path / "rounds.jsonl", "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A `server.rounds.Store` on disk.
+
+    Attributes:
+        path: The run directory.
+        identity: See `resume`.
+        keep_checkpoints: How many rounds' checkpoints stay.
+        keep_updates: Whether decoded updates and releases are kept.
+        extra: Further checkpoint files, asked for at each save.
+        completed: Told after a round is durable.
+    """
+
+    path: Path
+    identity: Mapping[str, Any]
+    keep_checkpoints: int
+    keep_updates: bool
+    extra: Callable[[], Mapping[str, bytes]]
+    completed: Callable[[Completed], None]
+
+    def save(self, completed: Completed) -> None:
+        """Keep the updates if asked, then the checkpoint, then the round's line; only then is it told."""
+        if self.keep_updates:
+            keep_round(self.path, completed)
+        checkpoint.save(
+            self.path,
+            Checkpoint(completed.state, completed.record, self.identity, completed.held, self.extra()),
+            self.keep_checkpoints,
+        )
+        before = [record for record in read_records(self.path) if record["round"] < completed.state.round]
+        _write_records(self.path, [*before, completed.record])
+        self.completed(completed)
+
+
+def keep_round(path: Path, completed: Completed) -> None:
+    """Write one round's updates, releases and global adapter, as their receivers decoded them.
+
+    Args:
+        path: The run directory.
+        completed: The round.
+    """
+    folder = path / "rounds" / f"{completed.state.round:04d}"
+    for update in completed.updates:
+        weight = {"weight": repr(completed.weights[update.client_id])}
+        write_atomic(folder / "updates" / f"{update.client_id}.safetensors", plain(update.adapter, weight))
+        release = completed.releases[update.client_id]
+        write_atomic(folder / "releases" / f"{update.client_id}.safetensors", plain(release.trainable))
+        if release.frozen is not None:
+            write_atomic(folder / "releases" / f"{update.client_id}.frozen.safetensors", plain(release.frozen))
+    write_atomic(folder / "global.safetensors", plain(completed.state.adapter))
+
+
+def plain(adapter: Adapter, metadata: Mapping[str, str] | None = None) -> bytes:
+    """An adapter as a float32 safetensors file that needs no code of ours to read.
+
+    Args:
+        adapter: The adapter.
+        metadata: Further metadata.
+
+    Returns:
+        `<module>.lora_A.weight` (r, d_in), `<module>.lora_B.weight` (d_out, r), dense ones by name; `scales` in the metadata.
+    """
+    tensors: dict[str, Array] = {}
+    for module, factors in adapter.lora.items():
+        tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = factors.A, factors.B
+    tensors.update(adapter.dense)
+    scales = {module: factors.scale for module, factors in adapter.lora.items()}
+    contiguous = {name: value.astype("float32").copy(order="C") for name, value in tensors.items()}
+    return bytes(save(contiguous, {"scales": json.dumps(scales), **(metadata or {})}))
+
+
+def write_layers(path: Path, completed_state: Any) -> None:
+    """Write `layers.json`: rank, singular values and relative error of each module of the final global adapter.
+
+    Args:
+        path: The run directory.
+        completed_state: The final `ServerState`.
+    """
+    modules = completed_state.adapter.lora
+    layers = {
+        name: {
+            "rank": modules[name].rank,
+            "relative_error": layer.relative_error,
+            "singular_values": list(layer.singular_values),
+        }
+        for name, layer in completed_state.report.items()
+        if name in modules
+    }
+    write_json(path / "layers.json", layers)

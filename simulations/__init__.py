@@ -1,0 +1,1 @@
+"""Many clients on one machine: corpora, partitions, the in-process engine and its command line."""

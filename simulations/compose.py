@@ -1,0 +1,153 @@
+"""Command-line words to a checked config, by Hydra's grammar, with errors that name the nearest key instead of a traceback."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lamina.protos.config import SHORTHANDS, Config, checked, known_keys
+from lamina.protos.errors import ConfigError, nearest
+
+# Keys whose values are names or paths, which Hydra's grammar would trip over where they hold spaces and the like.
+_VERBATIM = ("data.source", "model.source", "data.holdout", "data.template", "output", "resume")
+
+
+def expanded(word: str, sweeping: bool) -> str:
+    """One override with its shorthand written out and a path quoted.
+
+    Args:
+        word: Such as `data=stdlib`.
+        sweeping: Whether commas separate the values of a sweep.
+
+    Returns:
+        The override for Hydra.
+
+    Raises:
+        ConfigError: If it is not `key=value`.
+    """
+    key, equals, value = word.partition("=")
+    if not equals and not word.startswith("~"):
+        raise ConfigError(f"{word!r}: expected key=value. See `lamina simulate --help`.")
+    mark = key[: len(key) - len(key.lstrip("+~"))]
+    key = SHORTHANDS.get(key.lstrip("+~"), key.lstrip("+~"))
+    plain = value[:1] not in ("'", '"') and not (sweeping and "," in value)
+    if key in _VERBATIM and plain and value:
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        value = f"'{escaped}'"
+    return f"{mark}{key}{equals}{value}"
+
+
+def _check_key(key: str) -> None:
+    known = known_keys()
+    sections = {name.rsplit(".", 1)[0] for name in known if "." in name}
+    if key in known or key in sections or any(key.startswith(open_key + ".") for open_key in ("lora.rank_pattern",)):
+        return
+    leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    hint = f" Did you mean {leaf[0]}?" if leaf else nearest(key, [*known, *SHORTHANDS])
+    raise ConfigError(f"{key}: no such key.{hint} `lamina simulate --help` lists them all.")
+
+
+def sweeps(words: Sequence[str], multirun: bool) -> list[list[str]]:
+    """The runs that the words ask for.
+
+    Args:
+        words: Overrides as typed.
+        multirun: Whether comma-separated values are swept.
+
+    Returns:
+        One list of single-valued overrides a run, the last key varying fastest.
+
+    Raises:
+        ConfigError: For an unknown key, a malformed word, or a sweep without `--multirun`.
+    """
+    parser = OverridesParser.create()
+    choices: list[list[str]] = []
+    for word in words:
+        text = expanded(word, multirun)
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise ConfigError(f"{word!r}: expected key=value, got: {str(error).splitlines()[0]}") from None
+        _check_key(str(override.key_or_group))
+        if not override.is_sweep_override():
+            choices.append([text])
+        elif multirun:
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        else:
+            raise ConfigError(f"{word!r}: several values need --multirun. Put a list in brackets: key=[a,b].")
+    return [list(run) for run in itertools.product(*choices)]
+
+
+def composed(overrides: Sequence[str], base: Path | None = None) -> Config:
+    """A checked config from single-valued overrides.
+
+    Args:
+        overrides: As `sweeps` gives them.
+        base: A YAML file with the same keys, below the overrides, or None.
+
+    Returns:
+        Plain dataclasses.
+
+    Raises:
+        ConfigError: If a key is unknown or a value impossible.
+    """
+    store = ConfigStore.instance()
+    tree: Any = OmegaConf.structured(Config)
+    if base is not None:
+        tree = _merged(tree, base)
+    store.store(name="lamina", node=tree)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize(version_base=None, config_path=None):
+            config = OmegaConf.to_object(compose(config_name="lamina", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        first = str(error.__cause__ or error).strip().splitlines()
+        raise ConfigError(f"{' '.join(overrides)}: {first[0] if first else type(error).__name__}") from None
+    if not isinstance(config, Config):
+        raise ConfigError("expected a configuration, got something else. Check the YAML file.")
+    return checked(config)
+
+
+def _merged(tree: Any, base: Path) -> Any:
+    try:
+        loaded = OmegaConf.load(base)
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{base}: expected a readable YAML file, got {type(error).__name__}.") from None
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{base}: expected YAML, got: {str(error).splitlines()[0]}") from None
+        raise
+    for key in _leaves(OmegaConf.to_container(loaded)):
+        _check_key(key)
+    try:
+        return OmegaConf.merge(tree, loaded)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{base}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _leaves(node: Any, path: str = "") -> list[str]:
+    if not isinstance(node, dict) or path == "lora.rank_pattern":
+        return [path] if path else []
+    return [leaf for key, value in node.items() for leaf in _leaves(value, f"{path}.{key}" if path else str(key))]
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML.
+
+    Args:
+        config: A checked config.
+
+    Returns:
+        Text with every key.
+    """
+    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))

@@ -1,0 +1,204 @@
+"""One simulation from config to run directory: prepare, run or resume, measure, write everything that a reader needs."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamina.protos.adapter import Adapter
+from lamina.protos.config import Config, checked
+from lamina.protos.errors import ConfigError
+from lamina.protos.files import write_json
+from lamina.server import export, run_directory
+from lamina.server.report import write_report
+from lamina.server.rounds import Completed, Evaluation
+from lamina.server.rounds import run as run_rounds
+from lamina.simulations import compose, engine
+from lamina.simulations.baselines import measure as measure_baselines
+from lamina.simulations.engine import Prepared, Watcher
+from lamina.simulations.generations import generations
+from lamina.strategies.base import ServerState
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run.
+
+    Attributes:
+        path: Its directory.
+        summary: `summary.json`.
+    """
+
+    path: Path
+    summary: Mapping[str, Any]
+
+
+def default_output() -> Path:
+    """`outputs/<date>/<time>`, in local time.
+
+    Returns:
+        A path that need not exist.
+    """
+    now = datetime.datetime.now()
+    return Path("outputs") / now.strftime("%Y-%m-%d") / now.strftime("%H-%M-%S")
+
+
+def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None) -> Finished:
+    """Run a simulation to its end, from the start or from where it was interrupted.
+
+    Args:
+        config: A composed config; with `resume`, that of the run directory.
+        watcher: Shown progress.
+        prepared: Base and data, where another run has prepared the same.
+
+    Returns:
+        The directory and its summary.
+
+    Raises:
+        LaminaError: See the tree in `protos.errors`; completed rounds are kept.
+    """
+    started = time.monotonic()
+    checked(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    path = Path(config.resume or config.output or default_output())
+    prepared = prepared or engine.prepare(config, watcher.say)
+    fixed = engine.identity(config, prepared)
+    found = engine.budgets(config, prepared.base.spec)
+    campaign = engine.campaign(config, prepared.base.spec, found, engine.run_id(fixed))
+    cohort = engine.cohort(config, prepared, found, watcher)
+    resumed = _start(config, path, fixed, cohort)
+    watcher.begin(config.rounds, prepared.names, resumed.state.round if resumed else 0)
+    base_started = time.monotonic()
+    base_figures = engine.evaluate(prepared, Adapter({}, dict(prepared.base.spec.dense)), config, "base model")
+    watcher.say(f"base model: held-out loss {base_figures.loss:.4f}")
+    base_seconds = time.monotonic() - base_started
+    store = run_directory.RunDirectory(
+        path, fixed, config.checkpoints, config.keep_updates, cohort.files, watcher.completed
+    )
+
+    def evaluated(adapter: Adapter, round_number: int) -> Evaluation | None:
+        if round_number % config.evaluate.every and round_number != config.rounds:
+            return None
+        return engine.evaluate(prepared, adapter, config, f"round {round_number}")
+
+    state = run_rounds(campaign, cohort.channel(), store, evaluated, resumed)
+    final = engine.evaluate(prepared, state.adapter, config, f"round {state.round}")
+    baselines = measure_baselines(config, prepared, found, base_figures, watcher.say)
+    clock = {"total": time.monotonic() - started, "base": base_seconds}
+    summary = summarise(config, prepared, path, (base_figures, final), clock)
+    summary |= {
+        "run_id": campaign.run_id,
+        "baselines": baselines,
+        "client_ranks": _ranks(found),
+        "corpus": dict(prepared.corpus),
+    }
+    _write(path, state, prepared, summary, config)
+    return Finished(path, summary)
+
+
+def _start(config: Config, path: Path, fixed: Mapping[str, Any], cohort: engine.Cohort) -> Completed | None:
+    if not config.resume:
+        run_directory.create(path, compose.to_yaml(config))
+        return None
+    checkpoint = run_directory.resume(path, fixed)
+    if checkpoint is None:
+        return None
+    if checkpoint.state.round > config.rounds:
+        raise ConfigError(
+            f"rounds={config.rounds}: expected at least {checkpoint.state.round}, the rounds done. Resume with more."
+        )
+    cohort.restore(checkpoint.extra)
+    return Completed(checkpoint.state, checkpoint.record, (), {}, {}, checkpoint.held, None)
+
+
+def _ranks(found: Mapping[str, Any]) -> dict[str, int]:
+    return {client: max(budget.train.values(), default=0) for client, budget in found.items()}
+
+
+def summarise(
+    config: Config,
+    prepared: Prepared,
+    path: Path,
+    figures: tuple[Evaluation, Evaluation],
+    clock: Mapping[str, float],
+) -> dict[str, Any]:
+    """`summary.json`, without what `simulate` adds.
+
+    Args:
+        config: The config.
+        prepared: For the silos' names.
+        path: The run directory, whose records are added up.
+        figures: Of the base and of the final global adapter.
+        clock: Seconds in `total` and for the `base` figures.
+
+    Returns:
+        The document.
+    """
+    records = run_directory.read_records(path)
+    base, final = figures
+    per_client = {}
+    for client, after in final.per_client.items():
+        before = base.per_client[client]
+        per_client[client] = {
+            "name": prepared.names[client],
+            "base_loss": before["loss"],
+            "final_loss": after["loss"],
+            "tokens": int(after["tokens"]),
+        }
+        if "accuracy" in after:
+            per_client[client] |= {"base_accuracy": before["accuracy"], "final_accuracy": after["accuracy"]}
+
+    def added(key: str) -> float:
+        return float(sum(record[key] for record in records))
+
+    return {
+        "schema": 1,
+        "run_id": "",
+        "strategy": config.strategy.name,
+        "rounds": len(records),
+        "clients": config.clients.count,
+        "seed": config.seed,
+        "eval": {
+            "view": "exported",
+            "split": config.evaluate.split,
+            "base_loss": base.loss,
+            "final_loss": final.loss,
+            "base_accuracy": base.accuracy,
+            "final_accuracy": final.accuracy,
+            "per_client": per_client,
+        },
+        "communication": {"bytes_up": int(added("bytes_up")), "bytes_down": int(added("bytes_down"))},
+        "aggregation": {
+            "seconds": added("seconds_aggregate"),
+            "relative_error": max((record["relative_error"] for record in records), default=0.0),
+            "release_error": max((record["release_error"] for record in records), default=0.0),
+        },
+        "privacy": None,
+        "rejections": sum(len(record["rejections"]) for record in records),
+        "seconds": {
+            "total": clock["total"],
+            "train": added("seconds_train"),
+            "aggregate": added("seconds_aggregate"),
+            "evaluate": added("seconds_evaluate") + clock["base"],
+        },
+        "adapter": "adapter",
+    }
+
+
+def _write(path: Path, state: ServerState, prepared: Prepared, summary: Mapping[str, Any], config: Config) -> None:
+    spec = prepared.base.spec
+    fan = bool(getattr(prepared.base.model.peft_config["default"], "fan_in_fan_out", False))
+    export.write_adapter(path / "adapter", state.adapter, spec, fan)
+    export.write_card(path / "adapter", summary, spec, {"data": vars(config.data), "partition": vars(config.partition)})
+    run_directory.write_layers(path, state)
+    if config.task == "causal-lm" and config.data.generate:
+        write_json(path / "generations.json", generations(prepared, state.adapter, config))
+    write_json(path / "summary.json", summary)
+    write_report([path], path / "report.html")
