@@ -110,10 +110,11 @@ def _tensors(
     adapter: Adapter, wire: WireFormat, rng: np.random.Generator | None
 ) -> tuple[dict[str, Array], dict[str, str]]:
     tensors: dict[str, Array] = {}
-    for module, factors in adapter.lora.items():
+    # In the order of names, so that stochastic rounding does not depend on how the adapter came about.
+    for module, factors in sorted(adapter.lora.items()):
         tensors.update(_packed(module + _A, factors.A, wire, rng))
         tensors.update({k: v.T if v.ndim == 2 else v for k, v in _packed(module + _B, factors.B.T, wire, rng).items()})
-    for name, value in adapter.dense.items():
+    for name, value in sorted(adapter.dense.items()):
         shaped = value.reshape(1, -1)
         dense_wire: WireFormat = "fp32" if wire == "int8" else wire
         tensors.update({k: v.reshape(value.shape) for k, v in _packed(name, shaped, dense_wire, rng).items()})

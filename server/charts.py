@@ -249,8 +249,7 @@ def line_chart(
         if points and line.label:
             ends.append((*points[-1], line.label, line.style))
     parts.append(_end_labels(ends, width - right, up.start))
-    body = "".join(parts)
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{body}</svg>'
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 
 def _frame(along: Scale, up: Scale, x: Axis, y: Axis) -> str:
@@ -281,7 +280,7 @@ def _line(line: Series, along: Scale, up: Scale) -> str:
     """The path, and a dot with a tooltip for each point that has a tip."""
     path, dots, pen = [], [], "M"
     for index, (a, b) in enumerate(zip(line.x, line.y)):
-        if not usable(b):
+        if not (usable(a) and usable(b)):
             pen = pen if b is None else "M"
             continue
         path.append(f"{pen}{along.at(a):.1f} {up.at(b):.1f}" + ("h.01" if pen == "M" else ""))

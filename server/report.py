@@ -591,8 +591,8 @@ def _errors(run: Run) -> str:
     )
     meaning = (
         "Distance of the stored aggregate from the exact weighted mean of the clients' changes, relative to its size, "
-        "the largest over layers. About 10⁻⁷ is the rounding of 32-bit numbers. The release error is what a client's "
-        "own rank left out of what it received."
+        "the largest over layers. About 10⁻⁷ is the rounding of 32-bit numbers; more was cut by the rank cap or averaged "
+        "inexactly. The release error is what a client's own rank left out of what it received."
     )
     return _section("Aggregation error", meaning if lines else "No aggregation error was recorded.", chart, "figure")
 

@@ -209,11 +209,9 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     core.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[END, PAD],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=VOCAB_SIZE, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator(sample, trainer)
     return PreTrainedTokenizerFast(
@@ -355,13 +353,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to write model and tokenizer to")
     parser.add_argument("--work-dir", type=Path, help="folder that keeps wheels and figures; a temporary one if absent")
     parser.add_argument("--sources", type=Path, default=Path(__file__).parent / "tiny" / "sources.json")
-    parser.add_argument("--steps", type=int, default=3400, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
     parser.add_argument("--batch", type=int, default=32, help=f"sequences of {SEQUENCE_LENGTH} tokens per step")
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     parser.add_argument("--eval-every", type=int, default=250, help="steps between validations, which also save")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--plain", action="store_true", help="float32 throughout and no compiler; slower")
     return parser.parse_args(argv)
 
@@ -391,15 +389,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{len(streams[0])} + {len(streams[1])} tokens", flush=True)
         model = _new_model(plan.seed)
         history = train(model, tokenizer, streams, plan, args.out)
-        figures: dict[str, Any] = {
-            "plan": asdict(plan),
-            "threads": args.threads,
-            "parameters": model.num_parameters(),
-            "documents": [len(train_docs), len(held_out)],
-            "tokens": [len(stream) for stream in streams],
-            "characters": characters,
-            "history": history,
-        }
+        figures: dict[str, Any] = {"plan": asdict(plan), "threads": args.threads, "parameters": model.num_parameters()}
+        figures |= {"documents": [len(train_docs), len(held_out)], "tokens": [len(stream) for stream in streams]}
+        figures |= {"characters": characters, "history": history}
         (work / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 

