@@ -124,7 +124,7 @@ def merge(run_dir: Path, output: Path, negotiated: AdapterSpec, dtype: str, mode
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}.")
     base, source = load_plain(run_dir, negotiated, model)
-    vocabulary = int(base.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
+    vocabulary = int(base.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     tokens = torch.from_numpy(seeds.stream(0, "merge-check").integers(2, vocabulary, (2, 24)))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

@@ -245,7 +245,7 @@ def hash_weights(weights: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(weights):
         values = weights[name].detach().float().cpu().contiguous()
         digest.update(f"{name}{tuple(values.shape)}".encode())
-        digest.update(memoryview(values.numpy()).cast("B") if values.numel() else b"")
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -152,7 +152,7 @@ def _parse(payload: bytes, max_bytes: int) -> _Parsed:
         raise UpdateRejected("malformed", f"expected a safetensors header, got {len(payload)} bytes. Send it again.")
     try:
         header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-        parts = safetensors.deserialize(payload)
+        parts = safetensors.deserialize(payload)  # type: ignore[no-untyped-call]
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise UpdateRejected(
             "malformed", f"expected a safetensors file, got one that does not parse: {error}"

@@ -109,6 +109,8 @@ def write_card(folder: Path, summary: Mapping[str, Any], spec: AdapterSpec, conf
         figures.append(("held-out accuracy", evaluation["base_accuracy"], evaluation["final_accuracy"]))
     rows = "\n".join(f"| {name} | {_figure(before)} | {_figure(after)} |" for name, before, after in figures)
     privacy = "none" if summary["privacy"] is None else json.dumps(summary["privacy"])
+    auto = "AutoModelForSequenceClassification" if spec.labels else "AutoModelForCausalLM"
+    labels = f", num_labels={len(spec.labels)}" if spec.labels else ""
     card = f"""---
 base_model: {spec.base_model}
 library_name: peft
@@ -131,9 +133,9 @@ Trained by {summary["clients"]} clients over {summary["rounds"]} rounds with Lam
 
 ```python
 from peft import PeftModel
-from transformers import Auto{"ModelForSequenceClassification" if spec.labels else "ModelForCausalLM"}
+from transformers import {auto}
 
-base = Auto{"ModelForSequenceClassification" if spec.labels else "ModelForCausalLM"}.from_pretrained(BASE{f", num_labels={len(spec.labels)}" if spec.labels else ""})
+base = {auto}.from_pretrained(BASE{labels})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """

@@ -69,7 +69,7 @@ History = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Source:
-    """One pinned wheel: what pip takes, its file name, its hex digest and its licence as SPDX expression."""
+    """One pinned wheel: what pip takes, its file name, its hex digest and its licence (an SPDX expression)."""
 
     name: str
     version: str
@@ -182,12 +182,10 @@ def build_corpus(sources: list[Source], folder: Path) -> tuple[list[str], list[s
             if len(text) >= MIN_DOCUMENT_CHARS and key not in found:
                 found[key] = text
                 characters[source.name] += len(text)
-    train: list[str] = []
-    held_out: list[str] = []
+    parts: dict[bool, list[str]] = {False: [], True: []}
     for key in sorted(found):
-        chosen = int.from_bytes(key[-4:], "big") % HELD_OUT_ONE_IN == 0
-        (held_out if chosen else train).append(found[key])
-    return train, held_out, characters
+        parts[int.from_bytes(key[-4:], "big") % HELD_OUT_ONE_IN == 0].append(found[key])
+    return parts[False], parts[True], characters
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
@@ -298,6 +296,7 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         for path in Path(scratch).iterdir():
+            path.chmod(0o644)
             os.replace(path, out / path.name)
 
 

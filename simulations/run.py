@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
         torch.set_num_threads(config.threads)
     path = Path(config.resume or config.output or default_output())
     prepared = prepared or engine.prepare(config, watcher.say)
+    config = _pinned(config, prepared)
     fixed = engine.identity(config, prepared)
     found = engine.budgets(config, prepared.base.spec)
     campaign = engine.campaign(config, prepared.base.spec, found, engine.run_id(fixed))
@@ -101,6 +102,12 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
     }
     _write(path, state, prepared, summary, config)
     return Finished(path, summary)
+
+
+def _pinned(config: Config, prepared: Prepared) -> Config:
+    """The config with what loading found out: the ordered labels, and the commit of a hub model."""
+    data = replace(config.data, labels=list(prepared.labels))
+    return replace(config, data=data, model=replace(config.model, revision=prepared.base.revision))
 
 
 def _start(config: Config, path: Path, fixed: Mapping[str, Any], cohort: engine.Cohort) -> Completed | None:

@@ -135,11 +135,7 @@ class FedAvg:
         return common_start(spec, self.shared)
 
     def release(self, state: ServerState, budget: Budget) -> Release:
-        """The global factors.
-
-        Raises:
-            ConfigError: If the client's rank or scale is not the common one.
-        """
+        """The global factors; a ConfigError where the client's rank or scale is not the common one."""
         for module, rank in budget.train.items():
             ours = state.adapter.lora[module]
             if rank != ours.rank or budget.scale[module] != ours.scale:

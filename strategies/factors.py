@@ -215,10 +215,14 @@ def distance(stored: LoraFactors, target: Sum) -> LayerReport:
     return LayerReport(error / norm if norm > 0 else float(error > 0), 0.0, norm, singular_values(stored))
 
 
+def _triangle(matrix: Matrix) -> Matrix:
+    return np.asarray(np.linalg.qr(matrix, mode="r"))
+
+
 def _norm(left: Matrix, right: Matrix) -> float:
     if left.shape[1] == 0:
         return 0.0
-    return float(np.linalg.norm(np.linalg.qr(left, mode="r") @ np.linalg.qr(right.T, mode="r").T))
+    return float(np.linalg.norm(_triangle(left) @ _triangle(right.T).T))
 
 
 def singular_values(factors: LoraFactors) -> tuple[float, ...]:
@@ -233,5 +237,5 @@ def singular_values(factors: LoraFactors) -> tuple[float, ...]:
     left, right = pair(factors)
     if left.shape[1] == 0:
         return ()
-    core = np.linalg.qr(left, mode="r") @ np.linalg.qr(right.T, mode="r").T
+    core = _triangle(left) @ _triangle(right.T).T
     return tuple(float(value) for value in np.linalg.svd(core, compute_uv=False))

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from lamina.protos.errors import ConfigError
-from lamina.server import charts
-from lamina.server.charts import Axis, Series
+from lamina.server.pages import charts
+from lamina.server.pages.charts import Axis, Series
 from lamina.server.report import load_run, render, write_report
 
 Json = dict[str, Any]
@@ -202,7 +202,7 @@ def test_modules_outside_layers_and_of_experts_are_named(tmp_path: Path) -> None
 def test_generations_rejections_and_provenance(tmp_path: Path) -> None:
     said = [{"client": "a", "prompt": "Dear", "reference": "Madam", "before": "dear dear", "after": "Sir"}]
     refused = [{"client_id": "b", "reason": "non-finite"}]
-    rounds = [a_round(1, rejections=refused), a_round(2, rejections=3)]
+    rounds = [a_round(1, rejections=refused), a_round(2, rejections=[{}] * 3)]
     summary = a_summary(corpus={"source": "stdlib", "hash": "9f2c"}, versions={"numpy": "2.4"})
     text = page_of(write_run(tmp_path / "run", summary, rounds, generations=said)).text
     for shown in ("Prompt of Oslo", "Madam", "dear dear", "Sir", "non-finite", "not recorded", "9f2c", "run-7", "2.4"):
@@ -312,10 +312,8 @@ def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        '{"round": 2, "loss"',
         "[2]",
         "{}",
-        "[" * 5000,
         json.dumps(a_round(1)),
         *(json.dumps(a_round(2, **{key: bad})) for key, bad in WRONG.items()),
     ],
@@ -324,6 +322,15 @@ def test_malformed_round_names_file_and_line(tmp_path: Path, line: str) -> None:
     run = write_run(tmp_path / "run")
     (run / "rounds.jsonl").write_text(json.dumps(a_round(1)) + "\n" + line + "\n")
     with pytest.raises(ConfigError, match=r"rounds\.jsonl, line 2: expected .* got"):
+        load_run(run)
+
+
+def test_torn_last_line_is_left_out_and_a_torn_line_before_it_refused(tmp_path: Path) -> None:
+    run, whole, torn = write_run(tmp_path / "run"), json.dumps(a_round(1)), '{"round": 2, "loss"'
+    (run / "rounds.jsonl").write_text(f"{whole}\n{torn}")
+    assert load_run(run).rounds == [a_round(1)]
+    (run / "rounds.jsonl").write_text(f"{whole}\n{torn}\n{json.dumps(a_round(3))}\n")
+    with pytest.raises(ConfigError, match=r"rounds\.jsonl, line 2: expected"):
         load_run(run)
 
 

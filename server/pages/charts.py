@@ -176,7 +176,7 @@ def usable(value: float | None) -> TypeGuard[float]:
     Returns:
         False for None, NaN, infinities and magnitudes above 1e30.
     """
-    return value is not None and math.isfinite(value) and abs(value) < _HUGE
+    return value is not None and abs(value) < _HUGE
 
 
 def fit(values: Iterable[float | None], axis: Axis, start: float, stop: float) -> Scale:

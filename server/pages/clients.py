@@ -1,0 +1,53 @@
+"""Single clients' losses: before and after one run, and at the end of several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lamina.server.pages.charts import Axis, Scale, dot_row, escape, fit, tick_row, usable
+from lamina.server.pages.loading import Client, Run
+from lamina.server.pages.tables import change, num, section, table
+
+
+def label(client: Client) -> str:
+    """A client's name, with its id where that is another."""
+    more = "" if client.name == client.ident else f' <span class="muted">{escape(client.ident)}</span>'
+    return escape(client.name) + more
+
+
+def scaled(values: Iterable[float | None], title: str) -> tuple[Scale, str]:
+    """A scale for rows of dots that holds the values, and the head of their column."""
+    scale = fit(values, Axis(""), 3, 97)
+    return scale, tick_row([(scale.at(value), text) for value, text in scale.ticks(4)], f"{title}, nats per token")
+
+
+def before_and_after(run: Run) -> str:
+    """Every client of one run, as a table with dumbbells."""
+    clients = [c for c in run.clients if usable(c.before) or usable(c.after)]
+    if not clients:
+        return section("Clients", "No held-out losses of single clients were recorded.")
+    scale, ticks = scaled([v for c in clients for v in (c.before, c.after)], "held-out loss")
+    columns = [
+        ("t", "client", [label(c) for c in clients]),
+        ("o", "rank", [num(c.rank, 0) for c in clients]),
+        ("o", "held-out tokens", [num(c.tokens, 0) for c in clients]),
+        ("g", ticks, [_dumbbell(c, scale) for c in clients]),
+        ("o", "before", [num(c.before) for c in clients]),
+        ("n", "after", [num(c.after) for c in clients]),
+        ("n", "change", [change(c.before, c.after) for c in clients]),
+        ("o", "accuracy", ["" if c.accuracy == (None, None) else " → ".join(map(num, c.accuracy)) for c in clients]),
+    ]
+    columns = [column for column in columns if set(column[2]) - {"", "–"}]
+    return section(
+        "Clients, before and after",
+        "Each client's loss on its own held-out text (nats/token), from the base model (hollow) to the end of the run "
+        "(filled), the largest improvement first. Orange marks a client that got worse.",
+        table([(css, head) for css, head, _ in columns], list(zip(*(cells for _, _, cells in columns))), ""),
+    )
+
+
+def _dumbbell(client: Client, scale: Scale) -> str:
+    losses = (client.before, client.after)
+    tip = f"{client}: {num(client.before)} before, {num(client.after)} after, {change(*losses)} nats/token"
+    style = "c1" if client.change is not None and client.change > 0 else "c0"
+    return dot_row([(loss, style) for loss in losses], scale, tip, joined=True)

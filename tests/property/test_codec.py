@@ -1,0 +1,431 @@
+"""The codec: what each number format loses, that it loses it once, how long a message is, and what hostile bytes do."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from lamina.protos.adapter import Adapter, LoraFactors
+from lamina.protos.codec import (
+    BYTES_PER_NUMBER,
+    WIRE_FORMATS,
+    WireFormat,
+    decode,
+    decode_update,
+    encode,
+    encode_update,
+    from_bf16,
+    to_bf16,
+    to_int8,
+)
+from lamina.protos.errors import AdapterMismatch, UpdateRejected
+from lamina.protos.messages import Update
+from tests.property.oracles import federations, first_updates, normal, same_bits
+
+formats = pytest.mark.parametrize("wire", WIRE_FORMATS)
+numbers = st.integers(0, 2**32)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def adapter_of(seed: int, rank: int = 3, size: float = 1.0) -> Adapter:
+    rows, columns = normal((rank, 9), seed, "A") * np.float32(size), normal((7, rank), seed, "B") * np.float32(size)
+    return Adapter(
+        {"layers.0.q_proj": LoraFactors(rows, columns, 16 / rank)}, {"score.weight": normal((2, 7), seed, "d")}
+    )
+
+
+def arrays(adapter: Adapter) -> dict[str, NDArray[Any]]:
+    sides = {f"{m}.{side}": getattr(f, side) for m, f in adapter.lora.items() for side in "AB"}
+    return sides | dict(adapter.dense)
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+def bound(name: str, value: NDArray[Any], wire: WireFormat) -> NDArray[Any]:
+    """The largest error of one rounding, number by number."""
+    magnitude = np.abs(value.astype(np.float64))
+    if wire == "fp32" or (wire == "int8" and not name.endswith((".A", ".B"))):
+        return np.zeros_like(magnitude)
+    if wire == "bf16":
+        # 8 significant bits: half a unit in the last place is 2^-8 of the value; subnormals are 2^-133 apart.
+        return np.maximum(2.0**-8 * magnitude, 2.0**-134)
+    if wire == "fp16":
+        # 11 significant bits, subnormals 2^-24 apart.
+        return np.maximum(2.0**-11 * magnitude, 2.0**-25)
+    # A row of A or a column of B moves by less than one step. A step is 1/127 of the largest entry, itself rounded to 16
+    # bits: 2^-16 more, and 2^-24 for the division.
+    step = magnitude.max(axis=1 if name.endswith(".A") else 0, keepdims=True, initial=0) / 127
+    return np.broadcast_to(step * (1 + 2.0**-15), magnitude.shape)
+
+
+@formats
+@given(seed=numbers, rank=st.integers(0, 20), size=st.sampled_from([1e-6, 1.0, 300.0]))
+def test_a_message_loses_no_more_than_its_format(wire: WireFormat, seed: int, rank: int, size: float) -> None:
+    sent = adapter_of(seed, max(rank, 1), size)
+    if rank == 0:
+        sent = Adapter({m: LoraFactors(f.A[:0], f.B[:, :0], f.scale) for m, f in sent.lora.items()}, sent.dense)
+    got = decode(encode(sent, wire, rng(seed)))
+    assert {m: f.scale for m, f in got.lora.items()} == {m: f.scale for m, f in sent.lora.items()}
+    theirs = arrays(got)
+    for name, value in arrays(sent).items():
+        assert theirs[name].dtype == np.float32
+        assert theirs[name].shape == value.shape
+        assert (np.abs(theirs[name].astype(np.float64) - value) <= bound(name, value, wire)).all()
+    if wire == "fp32":
+        assert same_bits(got, sent)
+
+
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "fp16"])
+@given(seed=numbers, size=st.sampled_from([1e-38, 1e-6, 1.0, 1e4]))
+def test_encoding_what_was_decoded_gives_the_same_bytes(wire: WireFormat, seed: int, size: float) -> None:
+    first = encode(adapter_of(seed, size=size), wire)
+    assert encode(decode(first), wire) == first
+
+
+@given(seed=numbers, size=st.sampled_from([1e-30, 1e-6, 1.0, 1e30]))
+def test_int8_rows_that_reach_127_steps_come_again(seed: int, size: float) -> None:
+    steps, scales = to_int8(normal((40, 30), seed) * np.float32(size), rng(seed))
+    full = np.abs(steps).max(axis=1) == 127
+    decoded = steps[full].astype(np.float32) * scales[full, None]
+    again, same_scales = to_int8(decoded, rng(seed + 1))
+    assert np.array_equal(again, steps[full])
+    assert np.array_equal(same_scales, scales[full])
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="to_int8: where the scale was rounded up, the largest entry lies up to 0.002 steps below 127 and is now and then "
+    "drawn to 126; it must be taken as 127, which its documented bias of 2^-16 allows",
+)
+def test_every_int8_row_reaches_127_steps() -> None:
+    steps, _ = to_int8(normal((200_000, 2), 1), rng())
+    assert (np.abs(steps).max(axis=1) == 127).all()
+
+
+def test_int8_rounding_is_unbiased() -> None:
+    # Of each row the first entry sets a step of exactly 1, the others stand between two steps. By Hoeffding's inequality
+    # the mean of n draws misses by 0.01 with a probability below 2 exp(-2 n 0.01^2) = 2e-17 for n = 200 000.
+    values = np.array([-126.3, -63.5, -0.999, -0.25, 0.001, 0.5, 0.75, 99.9])
+    rows = np.full((len(values), 200_001), 127.0, np.float32)
+    rows[:, 1:] = values[:, None]
+    steps, scales = to_int8(rows, rng())
+    assert (scales == 1).all()
+    assert steps[:, 1:].mean(axis=1) == pytest.approx(values, abs=0.01)
+    assert (np.abs(steps[:, 1:] - rows[:, 1:]) < 1).all()
+    assert (steps[:, 0] == 127).all()
+
+
+def test_int8_keeps_zeros_and_needs_a_generator() -> None:
+    steps, scales = to_int8(np.zeros((2, 5), np.float32), rng())
+    assert not steps.any()
+    assert not scales.any()
+    with pytest.raises(AdapterMismatch, match="rng"):
+        encode(adapter_of(0), "int8")
+
+
+def test_bf16_rounds_as_torch_does_bit_for_bit() -> None:
+    torch = pytest.importorskip("torch")
+    some = np.arange(0, 2**32, 65_521, dtype=np.uint64).astype(np.uint32)
+    edges = [0x00000001, 0x00007FFF, 0x00008000, 0x00008001, 0x00018000, 0x007FFFFF, 0x00800000]  # subnormal and least
+    edges += [0x3F808000, 0x3F818000, 0x3F808001, 0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF, 0x7F800000]  # ties, greatest, inf
+    nans = [0x7F800001, 0x7FC00000, 0x7FFFFFFF]
+    positive = np.array(edges + nans, np.uint32)
+    values = np.concatenate([some, positive, positive | np.uint32(0x80000000)]).view(np.float32)
+    theirs = torch.from_numpy(values.copy()).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    ours, nan = to_bf16(values), np.isnan(values)
+    assert np.array_equal(ours[~nan], theirs[~nan])
+    assert np.isnan(from_bf16(ours[nan])).all()
+    assert np.array_equal(to_bf16(from_bf16(ours)), ours)
+
+
+def test_fp16_refuses_what_does_not_fit() -> None:
+    for size, fits in [(65504.0, True), (65519.0, True), (65520.0, False)]:
+        adapter = Adapter({"q_proj": LoraFactors(np.full((1, 2), size, np.float32), np.ones((3, 1), np.float32))})
+        if fits:
+            assert (decode(encode(adapter, "fp16")).lora["q_proj"].A == 65504).all()
+        else:
+            with pytest.raises(AdapterMismatch, match="65504"):
+                encode(adapter, "fp16")
+
+
+# Length ---------------------------------------------------------------------------------------------------------------
+
+
+@formats
+@given(federation=federations())
+def test_a_message_is_as_long_as_its_header_and_its_numbers(wire: WireFormat, federation: Any) -> None:
+    for update in first_updates(federation):
+        factors = update.adapter.lora.values()
+        # rank * (m + n) numbers each, and under int8 a float32 scale for each row of A and column of B.
+        low_rank = sum(
+            f.rank * sum(f.shape) * BYTES_PER_NUMBER[wire] + (8 * f.rank if wire == "int8" else 0) for f in factors
+        )
+        dense = sum(v.size for v in update.adapter.dense.values()) * (4 if wire == "int8" else BYTES_PER_NUMBER[wire])
+        for payload in (encode(update.adapter, wire, rng()), encode_update(update, wire, rng())):
+            assert len(payload) == 8 + int.from_bytes(payload[:8], "little") + low_rank + dense
+
+
+# Updates --------------------------------------------------------------------------------------------------------------
+
+words = st.text(st.characters(codec="utf-8"), max_size=12)
+floats = st.dictionaries(words, st.floats(allow_nan=False), max_size=3)
+
+
+@given(
+    words,
+    st.integers(0, 2**40),
+    words,
+    words,
+    st.integers(0, 2**60),
+    floats,
+    st.none() | floats,
+    st.binary(max_size=64),
+)
+def test_every_field_of_an_update_comes_back(
+    run: str, number: int, client: str, parent: str, n: int, metrics: Any, privacy: Any, signature: bytes
+) -> None:
+    update = Update(run, number, client, parent, adapter_of(3), n, metrics, privacy, signature)
+    got = decode_update(encode_update(update, "fp32"))
+    assert same_bits(got.adapter, update.adapter)
+    for field in (
+        "run_id",
+        "round",
+        "client_id",
+        "parent_release_hash",
+        "num_examples",
+        "metrics",
+        "privacy",
+        "signature",
+    ):
+        assert getattr(got, field) == getattr(update, field)
+
+
+# Hostile bytes --------------------------------------------------------------------------------------------------------
+
+
+def survives(payload: bytes) -> None:
+    """Decodes to a float32 adapter that can be sent on, or is refused; nothing else happens."""
+    for read in (decode, lambda given: decode_update(given).adapter):
+        with suppress(UpdateRejected), np.errstate(all="ignore"):
+            adapter = read(payload)
+            assert all(value.dtype == np.float32 for value in arrays(adapter).values())
+            assert same_nan_bits(decode(encode(adapter, "fp32")), adapter)
+
+
+def same_nan_bits(first: Adapter, second: Adapter) -> bool:
+    ours, theirs = arrays(first), arrays(second)
+    return ours.keys() == theirs.keys() and all(np.array_equal(ours[k], theirs[k], equal_nan=True) for k in ours)
+
+
+def valid(wire: WireFormat) -> bytes:
+    update = Update("run", 1, "site", "0" * 64, adapter_of(1), 10, {"train_loss": 1.0}, {"epsilon": 2.0}, b"s")
+    return encode_update(update, wire, rng())
+
+
+VALID: Mapping[str, bytes] = {wire: valid(wire) for wire in WIRE_FORMATS}
+
+
+@given(payload=st.binary(max_size=400))
+@example(b"")
+@example(struct.pack("<Q", 2) + b"{}")
+@example(struct.pack("<Q", 2) + b"[]")
+@example(struct.pack("<Q", 2**63) + b"{}")
+@example(struct.pack("<Q", 5000) + b"[" * 5000)
+@settings(max_examples=300)
+def test_any_bytes_decode_or_are_refused(payload: bytes) -> None:
+    survives(payload)
+
+
+@formats
+@given(data=st.data())
+@settings(max_examples=200)
+def test_a_damaged_message_decodes_or_is_refused(wire: WireFormat, data: st.DataObject) -> None:
+    payload = bytearray(VALID[wire])
+    header = 8 + int.from_bytes(payload[:8], "little")
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, header + 8)) % len(payload)
+        payload[place] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.none() | st.integers(0, len(payload)))
+    survives(bytes(payload[:cut]) + data.draw(st.binary(max_size=9)))
+
+
+@formats
+def test_every_truncation_is_refused(wire: WireFormat) -> None:
+    for length in range(len(VALID[wire])):
+        with pytest.raises(UpdateRejected) as caught:
+            decode_update(VALID[wire][:length])
+        assert caught.value.reason == "malformed"
+
+
+def message(header: object, body: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def tensor(dtype: str, shape: list[int], *offsets: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
+
+
+META = {"wire": "fp32", "scales": '{"q": 1.0}'}
+A, B = tensor("F32", [1, 2], 0, 8), tensor("F32", [2, 1], 8, 16)
+
+
+def test_the_message_that_the_refusals_below_spoil_is_a_good_one() -> None:
+    got = decode(message({"__metadata__": META, "q.lora_A.weight": A, "q.lora_B.weight": B}, bytes(16)))
+    assert got.lora["q"].shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"q.lora_A.weight": tensor("F16", [1, 4], 0, 8)}, "malformed"),
+        ({"q.lora_A.weight": tensor("F64", [1, 1], 0, 8)}, "malformed"),
+        ({"q.lora_A.weight": tensor("I8", [1, 8], 0, 8)}, "malformed"),
+        ({"q.lora_A.weight": tensor("PICKLE", [1, 2], 0, 8)}, "malformed"),
+        ({"q.lora_A.weight": tensor("F32", [2, 2], 0, 8)}, "malformed"),
+        ({"q.lora_A.weight": tensor("F32", [2**62, 2**62], 0, 8)}, "malformed"),
+        ({"q.lora_B.weight": tensor("F32", [2, 1], 0, 8)}, "malformed"),
+        ({"q.lora_B.weight": tensor("F32", [2, 1], 4, 12)}, "malformed"),
+        ({"q.lora_B.weight": tensor("F32", [2, 1], 12, 20)}, "malformed"),
+        ({"q.lora_B.weight": tensor("F32", [1, 2], 8, 16)}, ""),
+        ({"q.lora_B.weight": tensor("F32", [2], 8, 16)}, "schema"),
+        ({"q.lora_B.weight": None}, "malformed"),
+        ({"v.lora_B.weight": tensor("F32", [0, 1], 16, 16)}, "schema"),
+        ({"__metadata__": META | {"wire": "int8"}}, "malformed"),
+        ({"__metadata__": META | {"wire": "fp64"}}, "malformed"),
+        ({"__metadata__": META | {"wire": 3}}, "malformed"),
+        ({"__metadata__": {"wire": "fp32"}}, "schema"),
+        ({"__metadata__": META | {"scales": '{"q": 1, "v": 1}'}}, "schema"),
+        ({"__metadata__": None}, "malformed"),
+    ],
+)
+def test_a_header_that_lies_is_refused(change: dict[str, Any], reason: str) -> None:
+    header = {"__metadata__": META, "q.lora_A.weight": A, "q.lora_B.weight": B} | change
+    if not reason:
+        assert decode(message(header, bytes(16))).lora["q"].shape == (1, 2)
+        return
+    with pytest.raises(UpdateRejected) as caught:
+        decode(message(header, bytes(16)))
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "scales", ['{"q": %s}' % bad for bad in ("0", "-1", "NaN", "Infinity", "true", '"1"', "null", "[]")]
+)
+def test_scales_that_are_no_positive_number_are_refused(scales: str) -> None:
+    with pytest.raises(UpdateRejected, match="scales"):
+        decode(
+            message({"__metadata__": META | {"scales": scales}, "q.lora_A.weight": A, "q.lora_B.weight": B}, bytes(16))
+        )
+
+
+def test_one_name_twice_is_refused() -> None:
+    one = f'"q.lora_A.weight": {json.dumps(A)}'
+    twice = f'{{"__metadata__": {json.dumps(META)}, {one}, {one}, "q.lora_B.weight": {json.dumps(B)}}}'
+    with pytest.raises(UpdateRejected):
+        decode(message(twice.encode(), bytes(16)))
+
+
+def test_a_message_above_the_limit_is_refused_before_it_is_parsed() -> None:
+    with pytest.raises(UpdateRejected) as caught:
+        decode(b"not even parsed" * 10, max_bytes=100)
+    assert caught.value.reason == "too-large"
+    assert decode(VALID["fp32"], max_bytes=len(VALID["fp32"])).lora
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = {"run_id": "r", "round": 1, "client_id": "c", "parent_release_hash": "", "num_examples": 1, "metrics": {}}
+FIELDS |= {"privacy": None, "signature": ""}
+
+
+@given(data=st.data())
+@settings(max_examples=300)
+def test_claims_of_any_type_decode_or_are_refused(data: st.DataObject) -> None:
+    fields: Any = dict(FIELDS)
+    for name in data.draw(st.lists(st.sampled_from(sorted(FIELDS)), max_size=3)):
+        fields[name] = data.draw(json_values)
+    if data.draw(st.integers(0, 9)) == 0:
+        fields = data.draw(json_values)
+    extra = data.draw(st.sampled_from([{}, {"scales": json.dumps(data.draw(json_values))}]))
+    update = json.dumps(fields) if data.draw(st.booleans()) else data.draw(words)
+    survives(
+        message(
+            {"__metadata__": META | extra | {"update": update}, "q.lora_A.weight": A, "q.lora_B.weight": B}, bytes(16)
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [
+        *[
+            (name, bad)
+            for name in ("run_id", "client_id", "parent_release_hash", "signature")
+            for bad in (1, None, ["x"])
+        ],
+        *[(name, bad) for name in ("round", "num_examples") for bad in (True, 1.0, "1", None)],
+        *[
+            (name, bad)
+            for name in ("metrics", "privacy")
+            for bad in ({"x": "1"}, {"x": True}, {"x": None}, [1], {"x": 10**400})
+        ],
+        ("metrics", None),
+        ("signature", "zz"),
+    ],
+)
+def test_a_claim_of_the_wrong_type_is_refused(field: str, bad: object) -> None:
+    def claimed(fields: dict[str, Any]) -> bytes:
+        tensors = {"q.lora_A.weight": np.zeros((1, 2), np.float32), "q.lora_B.weight": np.zeros((2, 1), np.float32)}
+        return bytes(save(tensors, META | {"update": json.dumps(fields)}))
+
+    assert decode_update(claimed(FIELDS)).round == 1
+    with pytest.raises(UpdateRejected, match="fields of an update"):
+        decode_update(claimed(FIELDS | {field: bad}))
+    with pytest.raises(UpdateRejected, match="fields of an update"):
+        decode_update(claimed({name: value for name, value in FIELDS.items() if name != field}))
+
+
+# Known faults ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeWarning, reason="codec._unpacked multiplies hostile row scales unguarded")
+def test_row_scales_that_overflow_decode_in_silence() -> None:
+    tensors = {"q.lora_A.weight": np.full((1, 2), 127, np.int8), "q.lora_B.weight": np.zeros((2, 1), np.int8)}
+    tensors["q.lora_A.weight.row_scale"] = np.array([3e38], np.float32)
+    tensors["q.lora_B.weight.row_scale"] = np.array([np.inf], np.float32)
+    decode(bytes(save(tensors, {"wire": "int8", "scales": '{"q": 1.0}'})))
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="codec._adapter drops any tensor with `.row_scale` in its name"
+)
+@pytest.mark.parametrize("name", ["norm.row_scale", "norm.row_scale.weight"])
+def test_a_dense_parameter_may_be_called_row_scale(name: str) -> None:
+    assert list(decode(encode(Adapter({}, {name: np.ones(3, np.float32)}), "fp32")).dense) == [name]
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="codec._tensors: np.ascontiguousarray makes a scalar (1,)"
+)
+def test_a_dense_parameter_may_be_a_scalar() -> None:
+    got = decode(encode(Adapter({}, {"logit_scale": np.array(2.0, np.float32)}), "fp32"))
+    assert got.dense["logit_scale"].shape == ()
