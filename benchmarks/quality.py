@@ -192,7 +192,10 @@ def collect(quick: bool, workers: int) -> dict[str, dict[str, Any]]:
     else:
         all_of([Curve(*pair, rate, 0) for rate in RATES for pair in pairs], workers)
         curves = {pair: [Curve(*pair, chosen_rate(*pair), seed) for seed in SEEDS] for pair in pairs}
-        all_of([curve for seed in range(len(SEEDS)) for some in curves.values() for curve in some[seed : seed + 1]], workers)
+        all_of(
+            [curve for seed in range(len(SEEDS)) for some in curves.values() for curve in some[seed : seed + 1]],
+            workers,
+        )
     losses: dict[str, dict[str, Any]] = {regime: {} for regime in REGIMES}
     for (regime, method), some in curves.items():
         results = [read(curve) for curve in some]
@@ -215,7 +218,9 @@ def collect(quick: bool, workers: int) -> dict[str, dict[str, Any]]:
 def findings(losses: dict[str, dict[str, Any]]) -> dict[str, bool]:
     """What a pilot led us to expect, each true or false here."""
     mean = {(regime, method): figures["mean"] for regime, some in losses.items() for method, figures in some.items()}
-    down = {(regime, method): figures["bytes_down"] for regime, some in losses.items() for method, figures in some.items()}
+    down = {
+        (regime, method): figures["bytes_down"] for regime, some in losses.items() for method, figures in some.items()
+    }
     rivals = ("recompress", "stack", "zeropad", "flexlora")
     first = {method: losses["2x60"][method]["after_round_1"] for method in ("stack", "residual", "zeropad")}
     found = {}
@@ -225,7 +230,9 @@ def findings(losses: dict[str, dict[str, Any]]) -> dict[str, bool]:
         found[f"recompress below zeropad in {regime}"] = mean[regime, "recompress"] < mean[regime, "zeropad"]
         found[f"recompress below flexlora in {regime}"] = mean[regime, "recompress"] < mean[regime, "flexlora"]
     found["recompress below stack in 20x5"] = mean["20x5", "recompress"] < mean["20x5", "stack"]
-    found["recompress at a fraction of stack's bytes in 20x5"] = down["20x5", "recompress"] < 0.5 * down["20x5", "stack"]
+    found["recompress at a fraction of stack's bytes in 20x5"] = (
+        down["20x5", "recompress"] < 0.5 * down["20x5", "stack"]
+    )
     if losses["2x60"]["stack"]["learning_rate"] == losses["2x60"]["residual"]["learning_rate"]:
         found["after one round stack and residual coincide"] = abs(first["stack"] - first["residual"]) < 1e-4
     found["after one round of 60 steps stacking beats zero-padding"] = first["stack"] < first["zeropad"]
@@ -237,7 +244,9 @@ def report(losses: dict[str, dict[str, Any]], found: dict[str, bool], command: s
     lines = []
     for regime, some in losses.items():
         lines += [f"**{regime}** (rounds × local steps)", ""]
-        lines += ["| method | test loss (nats/token) | std | rate | after round 1 | down (MB) | up (MB) | aggregation error |"]
+        lines += [
+            "| method | test loss (nats/token) | std | rate | after round 1 | down (MB) | up (MB) | aggregation error |"
+        ]
         lines += ["|---|---|---|---|---|---|---|---|"]
         for method, f in sorted(some.items(), key=lambda item: item[1]["mean"]):
             lines.append(
@@ -248,7 +257,6 @@ def report(losses: dict[str, dict[str, Any]], found: dict[str, bool], command: s
     lines += [f"- {'holds' if true else 'DOES NOT HOLD'}: {what}" for what, true in found.items()]
     print("\n".join(lines))
     if not quick:
-        from lamina.server.charts import line_chart  # noqa: F401 - the plot is drawn by plot()
         from results import write_section
 
         plot(losses)
@@ -258,6 +266,29 @@ def report(losses: dict[str, dict[str, Any]], found: dict[str, bool], command: s
 
 def plot(losses: dict[str, dict[str, Any]]) -> None:
     """Loss against cumulative bytes down, one SVG a regime."""
+    from lamina.server.pages.charts import STYLE, Axis, Series, line_chart
+
+    for regime, some in losses.items():
+        lines = [
+            Series(
+                label=method,
+                x=[max(point["bytes_down"], 1e4) / 1e6 for point in figures["curve"]],
+                y=[point["loss"] for point in figures["curve"]],
+                style=f"c{index} d{index % 4}",
+            )
+            for index, (method, figures) in enumerate(some.items())
+        ]
+        title = f"Test loss against bytes sent to clients, {regime}, seed 0"
+        drawn = line_chart(
+            lines, Axis("sent to clients so far (MB)", log=True), Axis("test loss (nats/token)"), title, size=(760, 420)
+        )
+        head, rest = drawn.split(">", 1)
+        namespace = "" if "xmlns" in head else ' xmlns="http://www.w3.org/2000/svg"'
+        (HERE / "plots").mkdir(exist_ok=True)
+        frame = "svg{background:var(--bg);font-family:system-ui,sans-serif;width:auto}"
+        (HERE / "plots" / f"quality-{regime}.svg").write_text(
+            f"{head}{namespace}><style>{STYLE}{frame}</style>{rest}\n"
+        )
 
 
 def main() -> None:
@@ -267,7 +298,12 @@ def main() -> None:
     parser.add_argument("--work", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work([Curve(r, m, float(rate), int(seed), q == "1") for r, m, rate, seed, q in (w.split(",") for w in options.work)])
+        work(
+            [
+                Curve(r, m, float(rate), int(seed), q == "1")
+                for r, m, rate, seed, q in (w.split(",") for w in options.work)
+            ]
+        )
         return
     losses = collect(options.quick, options.workers)
     found = findings(losses)

@@ -265,3 +265,17 @@ def largest_gap(first: ServerState, second: ServerState) -> float:
 def drawn_rounds(data: st.DataObject, federation: Federation, most: int = 4) -> list[list[Member]]:
     """One to `most` rounds of drawn attendance."""
     return data.draw(cohorts(federation, data.draw(st.integers(1, most))))
+
+
+def adapter_of(seed: int, rank: int = 3, size: float = 1.0) -> Adapter:
+    """A small adapter of one layer and one dense parameter, for tests of messages."""
+    rows, columns = normal((rank, 9), seed, "A") * np.float32(size), normal((7, rank), seed, "B") * np.float32(size)
+    return Adapter(
+        {"layers.0.q_proj": LoraFactors(rows, columns, 16 / rank)}, {"score.weight": normal((2, 7), seed, "d")}
+    )
+
+
+def arrays(adapter: Adapter) -> dict[str, NDArray[Any]]:
+    """All arrays of an adapter: `<module>.A`, `<module>.B`, and the dense ones by their names."""
+    sides = {f"{m}.{side}": getattr(f, side) for m, f in adapter.lora.items() for side in "AB"}
+    return sides | dict(adapter.dense)

@@ -259,7 +259,7 @@ def test_fedavg_refuses_another_rank_and_never_broadcasts_rank_one(ours: int, th
     with pytest.raises(AdapterMismatch, match=f"site-1: fedavg expected rank {ours} for q_proj, got {theirs}"):
         strategy.step(state, updates_of([factors(0, 0, ours), factors(0, 1, theirs)], [1, 1]), {}, UNUSED)
     assert np.array_equal(state.adapter.lora["q_proj"].A, before)
-    with pytest.raises(ConfigError, match="Set clients.ranks to one value"):
+    with pytest.raises(ConfigError, match="one value"):
         strategy.release(state, Budget({"q_proj": theirs}, {"q_proj": theirs}, {"q_proj": SCALE}))
     with pytest.raises(ConfigError, match="scale"):
         strategy.release(state, Budget({"q_proj": ours}, {"q_proj": ours}, {"q_proj": SCALE / 2}))
