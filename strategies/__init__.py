@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from lamina.protos.errors import ConfigError, nearest
 from lamina.strategies.base import ServerState, Strategy, Weighting
-from lamina.strategies.baselines import FedAvg, FlexLora, Shared, ZeroPad
-from lamina.strategies.exact import Recompress, Residual, Rule, Stack
+from lamina.strategies.baselines import Shared, fedavg, flexlora, zeropad
+from lamina.strategies.exact import Rule, recompress, residual, stack
 
 STRATEGIES = ("recompress", "residual", "stack", "fedavg", "zeropad", "flexlora")
 
@@ -49,21 +49,21 @@ def build(name: str, options: Options) -> Strategy:
     Raises:
         ConfigError: If the name is unknown, or the strategy cannot use an option.
     """
-    uncapped = Rule(None, options.weighting, options.learning_rate)
+    rule = Rule(options.rank_cap, options.weighting, options.learning_rate)
     shared = Shared(options.rank, options.scale, options.seed, options.weighting)
     if name in ("fedavg", "zeropad", "flexlora") and options.learning_rate != 1.0:
         raise ConfigError(f"aggregation.learning_rate={options.learning_rate}: {name} has none. Use an exact strategy.")
     match name:
         case "recompress":
-            return Recompress(Rule(options.rank_cap, options.weighting, options.learning_rate))
+            return recompress(rule)
         case "residual":
-            return Residual(uncapped)
+            return residual(rule)
         case "stack":
-            return Stack(uncapped)
+            return stack(rule)
         case "fedavg":
-            return FedAvg(shared)
+            return fedavg(shared)
         case "zeropad":
-            return ZeroPad(shared)
+            return zeropad(shared)
         case "flexlora":
-            return FlexLora(options.weighting)
+            return flexlora(options.weighting)
     raise ConfigError(f"strategy.name={name}: expected one of {', '.join(STRATEGIES)}.{nearest(name, STRATEGIES)}")

@@ -6,9 +6,9 @@ over a run is in `ServerState`, so checkpoints, resume and evaluation know nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -62,48 +62,36 @@ class ServerState:
         return max((layer.relative_error for layer in self.report.values()), default=0.0)
 
 
-class Strategy(Protocol):
-    """Server maths of one method.
+Init = Callable[[AdapterSpec], ServerState]
+ReleaseTo = Callable[[ServerState, Budget], Release]
+Step = Callable[[ServerState, Sequence[Update], Mapping[str, Release], np.random.Generator], ServerState]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Server maths of one method, as three pure functions and what holds of them.
 
     Attributes:
         name: The word for `strategy=`.
+        init: Spec -> state before the first round.
+        release: State and budget -> what a client of this budget receives now.
+        step: State, accepted updates, the decoded releases they started from, and a generator -> next state.
         exact: Whether the aggregate is G + eta * sum p_k D_k up to a reported certificate.
         equal_ranks: Whether all clients must have one rank and one scale.
         linear: Whether the server needs only sums of what is sent.
-        released_view: What a client sees of the others: nothing but the aggregate, or every raw update.
+        released_view: What a client sees of the others: its own, the aggregate, or every raw update.
         stable_coordinates: Whether a client finds its factors in the same coordinates next round.
     """
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def exact(self) -> bool: ...  # noqa: D102
-    @property
-    def equal_ranks(self) -> bool: ...  # noqa: D102
-    @property
-    def linear(self) -> bool: ...  # noqa: D102
-    @property
-    def released_view(self) -> ReleasedView: ...  # noqa: D102
-    @property
-    def stable_coordinates(self) -> bool: ...  # noqa: D102
-
-    def init(self, spec: AdapterSpec) -> ServerState:
-        """State before the first round."""
-        ...
-
-    def release(self, state: ServerState, budget: Budget) -> Release:
-        """What a client of this budget receives now."""
-        ...
-
-    def step(
-        self,
-        state: ServerState,
-        updates: Sequence[Update],
-        releases: Mapping[str, Release],
-        rng: np.random.Generator,
-    ) -> ServerState:
-        """Aggregate one round's accepted updates; `releases` are the decoded releases they started from."""
-        ...
+    name: str
+    init: Init
+    release: ReleaseTo
+    step: Step
+    exact: bool
+    equal_ranks: bool = False
+    linear: bool = False
+    released_view: ReleasedView = "aggregate"
+    stable_coordinates: bool = False
 
 
 def client_weights(updates: Iterable[Update], weighting: Weighting) -> dict[str, float]:

@@ -13,8 +13,8 @@ relative error against the exact aggregate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,10 +23,13 @@ from lamina.protos.adapter import Adapter, LoraFactors, prefix, product, rescale
 from lamina.protos.errors import AdapterMismatch, ConfigError
 from lamina.protos.messages import Budget, Release, Update
 from lamina.protos.spec import AdapterSpec
-from lamina.strategies.base import LayerReport, ReleasedView, ServerState, Weighting, client_weights, layer_weights
+from lamina.strategies.base import LayerReport, ServerState, Step, Strategy, Weighting, client_weights, layer_weights
 from lamina.strategies.dense import averaged
-from lamina.strategies.exact import empty_factors, exact_pairs, in_order
+from lamina.strategies.exact import exact_pairs, in_order, initial_state
 from lamina.strategies.factors import distance, total
+
+Sent = Sequence[tuple[LoraFactors, float]]
+Combine = Callable[[LoraFactors, Sent], LoraFactors]
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def _step(
     updates: Sequence[Update],
     releases: Mapping[str, Release],
     weighting: Weighting,
-    combine: object,
+    combine: Combine,
 ) -> ServerState:
     weights = client_weights(updates, weighting)
     lora: dict[str, LoraFactors] = {}
@@ -85,16 +88,13 @@ def _step(
     for module, current in state.adapter.lora.items():
         by_client = layer_weights(weights, updates, module, weighting)
         sent = [(u.adapter.lora[module], by_client[u.client_id]) for u in updates if module in u.adapter.lora]
-        lora[module] = combine(current, sent) if sent else current  # type: ignore[operator]
+        lora[module] = combine(current, sent) if sent else current
         pairs = exact_pairs(state, module, updates, releases, by_client)
         reports[module] = distance(lora[module], total(pairs, current.shape))
     dense, dense_reports = averaged(state.adapter.dense, updates, releases, weights, weighting)
     return ServerState(
         state.round + 1, Adapter(lora, dense), state.optimizer, state.privacy_history, reports | dense_reports
     )
-
-
-Sent = Sequence[tuple[LoraFactors, float]]
 
 
 def factor_mean(current: LoraFactors, sent: Sent) -> LoraFactors:
@@ -118,75 +118,6 @@ def factor_mean(current: LoraFactors, sent: Sent) -> LoraFactors:
     return LoraFactors(rows.astype(np.float32), columns.astype(np.float32), current.scale)
 
 
-@dataclass(frozen=True)
-class FedAvg:
-    """The mean of the factors. Inexact; one rank and one scale for all clients."""
-
-    shared: Shared
-    name: str = field(default="fedavg", init=False)
-    exact: bool = field(default=False, init=False)
-    equal_ranks: bool = field(default=True, init=False)
-    linear: bool = field(default=False, init=False)
-    released_view: ReleasedView = field(default="aggregate", init=False)
-    stable_coordinates: bool = field(default=True, init=False)
-
-    def init(self, spec: AdapterSpec) -> ServerState:
-        """See `common_start`."""
-        return common_start(spec, self.shared)
-
-    def release(self, state: ServerState, budget: Budget) -> Release:
-        """The global factors; a ConfigError where the client's rank or scale is not the common one."""
-        for module, rank in budget.train.items():
-            ours = state.adapter.lora[module]
-            if rank != ours.rank or budget.scale[module] != ours.scale:
-                raise ConfigError(
-                    f"fedavg: expected rank {ours.rank} and scale {ours.scale:g} at every client, got rank {rank} and "
-                    f"scale {budget.scale[module]:g} for {module}. Set clients.ranks to one value, or "
-                    "strategy=recompress, which is exact for unequal ranks."
-                )
-        return _truncated(state, budget)
-
-    def step(
-        self, state: ServerState, updates: Sequence[Update], releases: Mapping[str, Release], rng: np.random.Generator
-    ) -> ServerState:
-        """Average A and B apart. `rng` is not used."""
-        for update in updates:
-            for module, factors in update.adapter.lora.items():
-                if factors.rank != state.adapter.lora[module].rank:
-                    raise AdapterMismatch(
-                        f"client {update.client_id}: fedavg expected rank {state.adapter.lora[module].rank} for "
-                        f"{module}, got {factors.rank}. Set clients.ranks to one value, or strategy=recompress."
-                    )
-        return _step(state, in_order(updates), releases, self.shared.weighting, factor_mean)
-
-
-@dataclass(frozen=True)
-class ZeroPad:
-    """The mean of zero-padded factors. Inexact; ranks may differ."""
-
-    shared: Shared
-    name: str = field(default="zeropad", init=False)
-    exact: bool = field(default=False, init=False)
-    equal_ranks: bool = field(default=False, init=False)
-    linear: bool = field(default=False, init=False)
-    released_view: ReleasedView = field(default="aggregate", init=False)
-    stable_coordinates: bool = field(default=True, init=False)
-
-    def init(self, spec: AdapterSpec) -> ServerState:
-        """See `common_start`."""
-        return common_start(spec, self.shared)
-
-    def release(self, state: ServerState, budget: Budget) -> Release:
-        """The global factors cut to the client's rank."""
-        return _truncated(state, budget)
-
-    def step(
-        self, state: ServerState, updates: Sequence[Update], releases: Mapping[str, Release], rng: np.random.Generator
-    ) -> ServerState:
-        """Average A and B apart, short ones padded with zeros. `rng` is not used."""
-        return _step(state, in_order(updates), releases, self.shared.weighting, factor_mean)
-
-
 def dense_svd(current: LoraFactors, sent: Sent) -> LoraFactors:
     """FlexLoRA's server step: the dense mean of the products and its full SVD, O(mn min(m, n)).
 
@@ -206,28 +137,79 @@ def dense_svd(current: LoraFactors, sent: Sent) -> LoraFactors:
     return LoraFactors((root[:, None] * vt[:keep]).astype(np.float32), (u[:, :keep] * root).astype(np.float32))
 
 
-@dataclass(frozen=True)
-class FlexLora:
-    """Replace G by the truncated SVD of the mean of the products. Not exact over rounds; an oracle and a baseline."""
+def _stepping(weighting: Weighting, combine: Combine) -> Step:
+    def step(
+        state: ServerState, updates: Sequence[Update], releases: Mapping[str, Release], rng: np.random.Generator
+    ) -> ServerState:
+        return _step(state, in_order(updates), releases, weighting, combine)
 
-    weighting: Weighting = "num_examples"
-    name: str = field(default="flexlora", init=False)
-    exact: bool = field(default=False, init=False)
-    equal_ranks: bool = field(default=False, init=False)
-    linear: bool = field(default=False, init=False)
-    released_view: ReleasedView = field(default="aggregate", init=False)
-    stable_coordinates: bool = field(default=False, init=False)
+    return step
 
-    def init(self, spec: AdapterSpec) -> ServerState:
-        """G = 0."""
-        return ServerState(0, Adapter({m: empty_factors(shape) for m, shape in spec.modules.items()}, dict(spec.dense)))
 
-    def release(self, state: ServerState, budget: Budget) -> Release:
-        """The leading singular values that fit the client's rank."""
+def fedavg(shared: Shared) -> Strategy:
+    """The mean of the factors. Inexact; one rank and one scale for all clients, anything else is refused.
+
+    Args:
+        shared: The common rank, scale and start.
+
+    Returns:
+        The strategy. Its `release` raises ConfigError, its `step` AdapterMismatch, for another rank or scale.
+    """
+    averaging = _stepping(shared.weighting, factor_mean)
+
+    def release(state: ServerState, budget: Budget) -> Release:
+        for module, rank in budget.train.items():
+            ours = state.adapter.lora[module]
+            if rank != ours.rank or budget.scale[module] != ours.scale:
+                raise ConfigError(
+                    f"fedavg: expected rank {ours.rank} and scale {ours.scale:g} at every client, got rank {rank} and "
+                    f"scale {budget.scale[module]:g} for {module}. Set clients.ranks to one value, or "
+                    "strategy=recompress, which is exact for unequal ranks."
+                )
         return _truncated(state, budget)
 
     def step(
-        self, state: ServerState, updates: Sequence[Update], releases: Mapping[str, Release], rng: np.random.Generator
+        state: ServerState, updates: Sequence[Update], releases: Mapping[str, Release], rng: np.random.Generator
     ) -> ServerState:
-        """Dense mean, dense SVD. `rng` is not used."""
-        return _step(state, in_order(updates), releases, self.weighting, dense_svd)
+        for update in updates:
+            for module, factors in update.adapter.lora.items():
+                if factors.rank != state.adapter.lora[module].rank:
+                    raise AdapterMismatch(
+                        f"client {update.client_id}: fedavg expected rank {state.adapter.lora[module].rank} for "
+                        f"{module}, got {factors.rank}. Set clients.ranks to one value, or strategy=recompress."
+                    )
+        return averaging(state, updates, releases, rng)
+
+    def init(spec: AdapterSpec) -> ServerState:
+        return common_start(spec, shared)
+
+    return Strategy("fedavg", init, release, step, exact=False, equal_ranks=True, stable_coordinates=True)
+
+
+def zeropad(shared: Shared) -> Strategy:
+    """The mean of zero-padded factors. Inexact; ranks may differ.
+
+    Args:
+        shared: The largest rank, its scale and the common start.
+
+    Returns:
+        The strategy.
+    """
+
+    def init(spec: AdapterSpec) -> ServerState:
+        return common_start(spec, shared)
+
+    step = _stepping(shared.weighting, factor_mean)
+    return Strategy("zeropad", init, _truncated, step, exact=False, stable_coordinates=True)
+
+
+def flexlora(weighting: Weighting) -> Strategy:
+    """Replace G by the truncated SVD of the mean of the products. Not exact over rounds; an oracle and a baseline.
+
+    Args:
+        weighting: See `base.client_weights`.
+
+    Returns:
+        The strategy.
+    """
+    return Strategy("flexlora", initial_state, _truncated, _stepping(weighting, dense_svd), exact=False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,8 +23,9 @@ from lamina.protos.messages import Budget, Release, Update
 from lamina.protos.spec import AdapterSpec
 from lamina.strategies.base import (
     LayerReport,
-    ReleasedView,
     ServerState,
+    Step,
+    Strategy,
     Weighting,
     client_weights,
     layer_weights,
@@ -132,9 +133,7 @@ def exact_step(
     lora: dict[str, LoraFactors] = {}
     reports: dict[str, LayerReport] = {}
     for module, current in state.adapter.lora.items():
-        by_client = layer_weights(weights, updates, module, rule.weighting)
-        scaled = {client: rule.learning_rate * weight for client, weight in by_client.items()}
-        pairs = exact_pairs(state, module, updates, releases, scaled)
+        pairs = exact_pairs(state, module, updates, releases, _scaled_weights(weights, updates, module, rule))
         known = next(pairs)
         changes = (one for one in pairs if one[0].shape[1] > 0)
         first = next(changes, None)
@@ -146,6 +145,13 @@ def exact_step(
         )
     dense, dense_reports = averaged(state.adapter.dense, updates, releases, weights, rule.weighting, rule.learning_rate)
     return replace(state, round=state.round + 1, adapter=Adapter(lora, dense), report=reports | dense_reports)
+
+
+def _scaled_weights(
+    weights: Mapping[str, float], updates: Sequence[Update], module: str, rule: Rule
+) -> dict[str, float]:
+    by_client = layer_weights(weights, updates, module, rule.weighting)
+    return {client: rule.learning_rate * weight for client, weight in by_client.items()}
 
 
 def _unchanged(factors: LoraFactors) -> LayerReport:
@@ -161,82 +167,65 @@ def _prefixes(state: ServerState, budget: Budget) -> dict[str, LoraFactors]:
     }
 
 
-@dataclass(frozen=True)
-class Recompress:
-    """Exact mean, kept to `rule.rank_cap` singular values; prefixes of one factorisation go out."""
+def _stepping(rule: Rule) -> Step:
+    def step(
+        state: ServerState, updates: Sequence[Update], releases: Mapping[str, Release], rng: np.random.Generator
+    ) -> ServerState:
+        return exact_step(state, in_order(updates), releases, rule)
 
-    rule: Rule = Rule()
-    name: str = field(default="recompress", init=False)
-    exact: bool = field(default=True, init=False)
-    equal_ranks: bool = field(default=False, init=False)
-    linear: bool = field(default=False, init=False)
-    released_view: ReleasedView = field(default="aggregate", init=False)
-    stable_coordinates: bool = field(default=False, init=False)
+    return step
 
-    def init(self, spec: AdapterSpec) -> ServerState:
-        """See `initial_state`."""
-        return initial_state(spec)
 
-    def release(self, state: ServerState, budget: Budget) -> Release:
-        """A prefix as long as the client's rank, at its scale."""
+def recompress(rule: Rule) -> Strategy:
+    """Exact mean, kept to `rule.rank_cap` singular values; prefixes of one factorisation go out.
+
+    Args:
+        rule: How updates are combined.
+
+    Returns:
+        The strategy.
+    """
+
+    def release(state: ServerState, budget: Budget) -> Release:
         return Release(state.round, Adapter(_prefixes(state, budget), state.adapter.dense))
 
-    def step(
-        self, state: ServerState, updates: Sequence[Update], releases: Mapping[str, Release], rng: np.random.Generator
-    ) -> ServerState:
-        """See `exact_step`; `rng` is not used."""
-        return exact_step(state, in_order(updates), releases, self.rule)
+    return Strategy("recompress", initial_state, release, _stepping(rule), exact=True)
 
 
-@dataclass(frozen=True)
-class Residual:
-    """Exact mean, uncapped; a client trains its prefix and receives the remainder frozen beside it."""
+def residual(rule: Rule) -> Strategy:
+    """Exact mean, uncapped; a client trains its prefix and receives the next directions frozen, up to its download rank.
 
-    rule: Rule = Rule()
-    name: str = field(default="residual", init=False)
-    exact: bool = field(default=True, init=False)
-    equal_ranks: bool = field(default=False, init=False)
-    linear: bool = field(default=False, init=False)
-    released_view: ReleasedView = field(default="aggregate", init=False)
-    stable_coordinates: bool = field(default=False, init=False)
+    Args:
+        rule: How updates are combined; its cap is not used.
 
-    def init(self, spec: AdapterSpec) -> ServerState:
-        """See `initial_state`."""
-        return initial_state(spec)
+    Returns:
+        The strategy.
+    """
 
-    def release(self, state: ServerState, budget: Budget) -> Release:
-        """The prefix that the client trains, and frozen the next ones, up to its download rank."""
+    def release(state: ServerState, budget: Budget) -> Release:
         frozen = {
             module: tail(factors, budget.train.get(module, 0), budget.download.get(module, 0))
             for module, factors in state.adapter.lora.items()
         }
         return Release(state.round, Adapter(_prefixes(state, budget), state.adapter.dense), Adapter(frozen))
 
-    def step(
-        self, state: ServerState, updates: Sequence[Update], releases: Mapping[str, Release], rng: np.random.Generator
-    ) -> ServerState:
-        """See `exact_step`; `rng` is not used."""
-        return exact_step(state, in_order(updates), releases, self.rule)
+    return Strategy("residual", initial_state, release, _stepping(replace(rule, rank_cap=None)), exact=True)
 
 
-@dataclass(frozen=True)
-class Stack:
-    """FLoRA: the concatenation goes to everyone, who freezes it and starts afresh."""
+def stack(rule: Rule) -> Strategy:
+    """FLoRA: the concatenation goes to everyone, who freezes it and starts afresh.
 
-    rule: Rule = Rule()
-    name: str = field(default="stack", init=False)
-    exact: bool = field(default=True, init=False)
-    equal_ranks: bool = field(default=False, init=False)
-    linear: bool = field(default=False, init=False)
-    released_view: ReleasedView = field(default="all_raw", init=False)
-    stable_coordinates: bool = field(default=False, init=False)
+    One who holds all that came before receives the last round's concatenation, one who missed a round all of G.
 
-    def init(self, spec: AdapterSpec) -> ServerState:
-        """See `initial_state`."""
-        return initial_state(spec)
+    Args:
+        rule: How updates are combined; its cap is not used.
 
-    def release(self, state: ServerState, budget: Budget) -> Release:
-        """Nothing to continue from; frozen, the last round's concatenation, or all of G to one who missed a round."""
+    Returns:
+        The strategy.
+    """
+    uncapped = replace(rule, rank_cap=None)
+
+    def release(state: ServerState, budget: Budget) -> Release:
         trainable = Adapter({}, state.adapter.dense)
         if state.round == 0:
             return Release(0, trainable, None, keep_frozen=True)
@@ -246,19 +235,26 @@ class Stack:
         return Release(state.round, trainable, Adapter(state.adapter.lora), keep_frozen=True)
 
     def step(
-        self, state: ServerState, updates: Sequence[Update], releases: Mapping[str, Release], rng: np.random.Generator
+        state: ServerState, updates: Sequence[Update], releases: Mapping[str, Release], rng: np.random.Generator
     ) -> ServerState:
-        """See `exact_step`; also keeps the concatenation for those who hold all that came before. `rng` is not used."""
-        updates = in_order(updates)
-        after = exact_step(state, updates, releases, self.rule)
-        weights = client_weights(updates, self.rule.weighting)
-        increment: dict[str, LoraFactors] = {}
-        for module, current in state.adapter.lora.items():
-            by_client = layer_weights(weights, updates, module, self.rule.weighting)
-            scaled = {client: self.rule.learning_rate * weight for client, weight in by_client.items()}
-            columns, rows = [empty_factors(current.shape).B], [empty_factors(current.shape).A]
-            for left, right in itertools.islice(exact_pairs(state, module, updates, releases, scaled), 1, None):
-                columns.append(left.astype(np.float32))
-                rows.append(right.astype(np.float32))
-            increment[module] = LoraFactors(np.concatenate(rows), np.concatenate(columns, axis=1))
-        return replace(after, optimizer={"increment": Adapter(increment)})
+        ordered = in_order(updates)
+        increment = Adapter(_concatenation(state, ordered, releases, uncapped))
+        return replace(exact_step(state, ordered, releases, uncapped), optimizer={"increment": increment})
+
+    return Strategy("stack", initial_state, release, step, exact=True, released_view="all_raw")
+
+
+def _concatenation(
+    state: ServerState, updates: Sequence[Update], releases: Mapping[str, Release], rule: Rule
+) -> dict[str, LoraFactors]:
+    """The clients' weighted changes side by side, in float32, at scale 1."""
+    weights = client_weights(updates, rule.weighting)
+    found = {}
+    for module, current in state.adapter.lora.items():
+        scaled = _scaled_weights(weights, updates, module, rule)
+        columns, rows = [empty_factors(current.shape).B], [empty_factors(current.shape).A]
+        for left, right in itertools.islice(exact_pairs(state, module, updates, releases, scaled), 1, None):
+            columns.append(left.astype(np.float32))
+            rows.append(right.astype(np.float32))
+        found[module] = LoraFactors(np.concatenate(rows), np.concatenate(columns, axis=1))
+    return found
