@@ -82,6 +82,8 @@ def to_int8(values: Array, rng: np.random.Generator) -> tuple[Array, Array]:
     scales = ((bits + 0x80) & np.uint32(0xFFFFFF00)).view(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = np.where(scales[:, None] > 0, values.astype(np.float64) / scales[:, None].astype(np.float64), 0.0)
+    # The scale may have been rounded up: the largest entry is 127 steps all the same, or a second encoding would shrink it.
+    steps = np.where(np.abs(values) == largest[:, None], np.sign(steps) * 127.0, steps)
     near = np.rint(steps)
     drawn = np.floor(steps + rng.random(steps.shape))
     steps = np.where(np.abs(steps - near) < 2.0**-14, near, drawn)
@@ -103,7 +105,22 @@ def encode(adapter: Adapter, wire: WireFormat, rng: np.random.Generator | None =
         AdapterMismatch: If a number overflows fp16, or `int8` comes without `rng`.
     """
     tensors, metadata = _tensors(adapter, wire, rng)
-    return bytes(save(tensors, metadata))
+    return canonical(save(tensors, metadata))
+
+
+def canonical(file: bytes) -> bytes:
+    """A safetensors file with its header in sorted order: the library writes metadata in a random one.
+
+    Args:
+        file: Any safetensors file.
+
+    Returns:
+        The same tensors and metadata; equal content gives equal bytes.
+    """
+    size = int.from_bytes(file[:8], "little")
+    header = json.dumps(json.loads(file[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + file[8 + size :]
 
 
 def _tensors(
@@ -119,7 +136,7 @@ def _tensors(
         dense_wire: WireFormat = "fp32" if wire == "int8" else wire
         tensors.update({k: v.reshape(value.shape) for k, v in _packed(name, shaped, dense_wire, rng).items()})
     scales = {module: factors.scale for module, factors in adapter.lora.items()}
-    return {k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"wire": wire, "scales": json.dumps(scales)}
+    return {k: np.asarray(v, order="C") for k, v in tensors.items()}, {"wire": wire, "scales": json.dumps(scales)}
 
 
 def _packed(name: str, values: Array, wire: WireFormat, rng: np.random.Generator | None) -> dict[str, Array]:
@@ -195,7 +212,8 @@ def _adapter(parsed: _Parsed) -> Adapter:
         ) from None
     if not isinstance(scales, dict) or not all(_is_number(value) for value in scales.values()):
         raise UpdateRejected("malformed", "expected `scales` to map modules to positive numbers.")
-    values = {name: _unpacked(name, parsed.tensors, wire, code) for name in parsed.tensors if _ROW_SCALE not in name}
+    row_scales = {name + _ROW_SCALE for name in parsed.tensors if name.endswith((_A, _B))} if wire == "int8" else set()
+    values = {name: _unpacked(name, parsed.tensors, wire, code) for name in parsed.tensors if name not in row_scales}
     a_side = {name[: -len(_A)] for name in values if name.endswith(_A)}
     b_side = {name[: -len(_B)] for name in values if name.endswith(_B)}
     if a_side != b_side or a_side != set(scales):
@@ -228,7 +246,8 @@ def _unpacked(name: str, tensors: Mapping[str, Array], wire: str, code: Any) -> 
     rows = values.shape[0] if name.endswith(_A) and values.ndim == 2 else values.shape[-1] if values.ndim == 2 else -1
     if scales is None or scales.dtype != np.float32 or scales.shape != (rows,):
         raise UpdateRejected("malformed", f"{name}: expected {rows} float32 row scales.")
-    return values.astype(np.float32) * (scales[:, None] if name.endswith(_A) else scales[None, :])
+    with np.errstate(over="ignore", invalid="ignore"):  # hostile scales: finiteness is admission's to check
+        return values.astype(np.float32) * (scales[:, None] if name.endswith(_A) else scales[None, :])
 
 
 def encode_update(update: Update, wire: WireFormat, rng: np.random.Generator | None = None) -> bytes:
@@ -256,7 +275,7 @@ def encode_update(update: Update, wire: WireFormat, rng: np.random.Generator | N
         "privacy": None if update.privacy is None else dict(update.privacy),
         "signature": update.signature.hex(),
     }
-    return bytes(save(tensors, metadata | {"update": json.dumps(fields)}))
+    return canonical(save(tensors, metadata | {"update": json.dumps(fields)}))
 
 
 def decode_update(payload: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> Update:

@@ -381,7 +381,9 @@ def _check_together(config: Config) -> None:
     if config.data.messages_column and config.data.prompt_column:
         raise ConfigError("data.messages_column and data.prompt_column: expected one of them. Unset the other.")
     if config.lora.use_rslora and config.lora.lora_alpha is None:
-        raise ConfigError("lora.use_rslora=true: expected lora.lora_alpha, the scale is lora_alpha / sqrt(rank). Set it.")
+        raise ConfigError(
+            "lora.use_rslora=true: expected lora.lora_alpha, the scale is lora_alpha / sqrt(rank). Set it."
+        )
     if clients.quorum > clients.count:
         raise ConfigError(f"clients.quorum={clients.quorum}: expected at most clients.count={clients.count}.")
     if not isinstance(config.lora.rank_pattern, Mapping):

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.numpy import save
 
 from lamina.protos.adapter import Adapter, Array
+from lamina.protos.codec import canonical
 from lamina.protos.errors import CheckpointError, ConfigError
 from lamina.protos.files import write_atomic, write_json
 from lamina.server import checkpoint
@@ -174,7 +175,7 @@ def plain(adapter: Adapter, metadata: Mapping[str, str] | None = None) -> bytes:
     tensors.update(adapter.dense)
     scales = {module: factors.scale for module, factors in adapter.lora.items()}
     contiguous = {name: value.astype("float32").copy(order="C") for name, value in tensors.items()}
-    return bytes(save(contiguous, {"scales": json.dumps(scales), **(metadata or {})}))
+    return canonical(save(contiguous, {"scales": json.dumps(scales), **(metadata or {})}))
 
 
 def write_layers(path: Path, completed_state: Any) -> None:
