@@ -76,8 +76,8 @@ def configured(curve: Curve) -> Any:
 
 def measure(curve: Curve, prepared: dict[str, Any]) -> dict[str, Any]:
     """Run one curve: test loss at chosen rounds with the bytes so far, tune loss at the end."""
-    from lamina.simulations import engine
     from lamina.server.rounds import run
+    from lamina.simulations import engine
 
     config = configured(curve)
     test = replace(prepared["test"], train=dict(prepared["test"].train))
@@ -136,7 +136,7 @@ def work(curves: list[Curve]) -> None:
 
     from lamina.client.model import quiet
     from lamina.protos.errors import TrainingError
-    from lamina.simulations import engine
+    from lamina.simulations.prepare import prepare
 
     warnings.simplefilter("ignore")
     quiet()
@@ -147,9 +147,9 @@ def work(curves: list[Curve]) -> None:
             continue
         if not prepared:
             config = configured(curve)
-            prepared["test"] = engine.prepare(config)
+            prepared["test"] = prepare(config)
             config.evaluate.split = "tune"
-            prepared["tune"] = engine.prepare(config)
+            prepared["tune"] = prepare(config)
         try:
             result = measure(curve, prepared)
         except TrainingError as error:

@@ -16,7 +16,8 @@ import torch
 import transformers
 from peft import PeftModel
 
-from lamina.client.model import hash_weights, load_tokenizer, resolved
+from lamina.client.hashes import hash_weights
+from lamina.client.model import load_tokenizer, resolved
 from lamina.protos import seeds, spec
 from lamina.protos.errors import AdapterMismatch, ConfigError
 from lamina.protos.spec import AdapterSpec

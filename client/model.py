@@ -7,10 +7,10 @@ Weights come from safetensors files only; no code from a model repository is run
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from peft import get_peft_model
 from transformers.pytorch_utils import Conv1D
 
 from lamina.client.frozen import Frozen
+from lamina.client.hashes import hash_chat_template, hash_config, hash_tokenizer, hash_weights
 from lamina.protos import seeds
 from lamina.protos.adapter import Adapter, Array, LoraFactors
 from lamina.protos.errors import ConfigError
@@ -32,17 +33,6 @@ from lamina.protos.spec import AdapterSpec
 TINY = Path(__file__).parent.parent / "simulations" / "tiny"
 _SLOT = "default"
 _PREFIX = "base_model.model."
-# Fields of a model's config that say where or with what it was loaded, not what it computes.
-_VOLATILE = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "id2label",
-    "label2id",
-    "architectures",
-    "problem_type",
-)
 
 
 @dataclass(eq=False)
@@ -164,8 +154,8 @@ def load_base(options: BaseOptions) -> Base:
     hashes = {
         "weights": hash_weights(weights),
         "config": hash_config(model.config),
-        "tokenizer": hashlib.sha256(_tokenizer_text(tokenizer).encode()).hexdigest(),
-        "chat_template": hashlib.sha256((_chat_template(tokenizer)).encode()).hexdigest(),
+        "tokenizer": hash_tokenizer(tokenizer),
+        "chat_template": hash_chat_template(tokenizer),
     }
     targets = target_modules(model, options.target_modules, new)
     dense = {name: model.get_parameter(name).detach().float().cpu().numpy().copy() for name in new}
@@ -230,49 +220,6 @@ def _load_model(source: str, options: BaseOptions, tokenizer: Any) -> tuple[Any,
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def hash_weights(weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, shapes and float32 bytes of all weights, whatever file layout they came in.
-
-    Args:
-        weights: Name -> tensor.
-
-    Returns:
-        Hex.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        values = weights[name].detach().float().cpu().contiguous()
-        digest.update(f"{name}{tuple(values.shape)}".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def hash_config(config: Any) -> str:
-    """SHA-256 over what a model's config says of its computation.
-
-    Args:
-        config: A transformers config.
-
-    Returns:
-        Hex.
-    """
-    kept = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _tokenizer_text(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        document = json.loads(backend.to_str())
-        document.update(truncation=None, padding=None)
-        return json.dumps(document, sort_keys=True)
-    return json.dumps(tokenizer.get_vocab(), sort_keys=True)
-
-
-def _chat_template(tokenizer: Any) -> str:
-    return json.dumps(getattr(tokenizer, "chat_template", None) or "")
 
 
 def target_modules(model: Any, wanted: str | Sequence[str], new: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -435,5 +382,6 @@ def training_mode(base: Base) -> Iterator[None]:
 def quiet() -> None:
     """Silence the progress bars and warnings of the libraries underneath; ours take their place."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -15,7 +15,7 @@ from lamina.protos.adapter import Adapter
 from lamina.protos.config import Config
 from lamina.protos.messages import Budget
 from lamina.server.rounds import Evaluation
-from lamina.simulations.engine import Prepared
+from lamina.simulations.prepare import Prepared
 
 
 def measure(

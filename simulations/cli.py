@@ -14,7 +14,8 @@ from lamina.client.model import quiet
 from lamina.protos.config import Config, checked, known_keys
 from lamina.protos.errors import ConfigError
 from lamina.server.report import write_report
-from lamina.simulations import compose, engine, run
+from lamina.simulations import compose, run
+from lamina.simulations.prepare import Prepared, prepare
 from lamina.simulations.progress import Terminal, table
 
 _EXAMPLES = """\
@@ -108,14 +109,14 @@ class _Shared:
     """The last prepared base and data, for the next run of a sweep that needs the same."""
 
     def __init__(self) -> None:
-        self._key, self._prepared = "", None  # type: tuple[str, engine.Prepared | None]
+        self._key, self._prepared = "", None  # type: tuple[str, Prepared | None]
 
-    def get(self, config: Config, watcher: Terminal) -> engine.Prepared:
+    def get(self, config: Config, watcher: Terminal) -> Prepared:
         parts = [config.data, config.model, config.task, config.partition, config.clients.count, config.evaluate]
         key = repr([*parts, config.lora.target_modules, config.train.max_length, config.train.device, config.seed])
         if self._prepared is None or key != self._key:
             self._prepared = None
-            self._prepared, self._key = engine.prepare(config, watcher.say), key
+            self._prepared, self._key = prepare(config, watcher.say), key
         return self._prepared
 
 

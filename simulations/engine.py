@@ -6,29 +6,27 @@ Nothing of the method is here: clients answer through the same messages, bytes a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from lamina.client.data import Encoder, Example, check_columns, load_rows, text_columns
 from lamina.client.evaluate import score
 from lamina.client.frozen import Frozen, from_files, to_files
-from lamina.client.model import Base, BaseOptions, load_base, load_tokenizer, put, resolved
+from lamina.client.model import Base, put
 from lamina.client.participant import ClientState, Shared, Site, respond
 from lamina.protos import seeds
 from lamina.protos.adapter import Adapter
 from lamina.protos.config import Config, known_keys, per_client, value_of
-from lamina.protos.errors import CheckpointError, ConfigError, DataError, TrainingError
+from lamina.protos.errors import CheckpointError, ConfigError, TrainingError
 from lamina.protos.files import sha256
 from lamina.protos.messages import Budget, Instruction, Reply
 from lamina.protos.spec import AdapterSpec
 from lamina.server.channel import MemoryChannel
 from lamina.server.rounds import Campaign, Completed, Evaluation
-from lamina.simulations import corpora
-from lamina.simulations.partition import Silo, deal
+from lamina.simulations.prepare import Prepared
 from lamina.strategies import Options, build
 
 # Settings that may differ when a run is resumed: they do not change a bit of it.
@@ -53,124 +51,6 @@ class Watcher(Protocol):
     def say(self, text: str) -> None:
         """A line worth reading."""
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """Base and data of a run, which several runs may share.
-
-    Attributes:
-        base: The frozen base.
-        names: Client id -> silo name.
-        train: Client id -> training examples.
-        held_out: Client id -> held-out examples.
-        labels: Ordered label list.
-        corpus: See `corpora.corpus_record`.
-    """
-
-    base: Base
-    names: Mapping[str, str]
-    train: Mapping[str, Sequence[Example]]
-    held_out: Mapping[str, Sequence[Example]]
-    labels: tuple[str, ...]
-    corpus: Mapping[str, Any]
-
-
-def prepare(config: Config, say: Callable[[str], None] = lambda text: None) -> Prepared:
-    """Load the base and the data, deal rows to clients, and make examples.
-
-    Args:
-        config: A checked config.
-        say: Told what is going on.
-
-    Returns:
-        What the run starts from.
-
-    Raises:
-        ConfigError: If the base, the data or the partition cannot be had.
-    """
-    data, task = config.data, config.task
-    columns = text_columns(data, task)
-    say(f"reading {data.source}")
-    rows = corpora.stdlib_rows() if data.source == "stdlib" else load_rows(data.source, data)
-    check_columns(rows, columns, f"data.source={data.source}")
-    test_rows = None
-    if not _is_number(data.holdout):
-        test_rows = load_rows(data.holdout, data)
-        check_columns(test_rows, columns, f"data.holdout={data.holdout}")
-    labels = _labels(config, rows)
-    silos = deal(rows, test_rows, config)
-    say(f"loading {config.model.source}")
-    base = load_base(
-        BaseOptions(
-            source=config.model.source,
-            revision=config.model.revision,
-            task=task,
-            labels=labels,
-            target_modules=config.lora.target_modules,
-            seed=config.seed,
-            device=config.train.device,
-        )
-    )
-    _check_length(base, config)
-    encoder = Encoder(
-        load_tokenizer(resolved(config.model.source), config.model.revision),
-        data,
-        task,
-        labels,
-        config.train.max_length,
-    )
-    train = {str(k): _examples(encoder, silo, "train") for k, silo in enumerate(silos)}
-    held_out = {
-        str(k): _examples(encoder, silo, config.evaluate.split)[: config.evaluate.max_examples]
-        for k, silo in enumerate(silos)
-    }
-    return Prepared(
-        base=base,
-        names={str(k): silo.name for k, silo in enumerate(silos)},
-        train=train,
-        held_out=held_out,
-        labels=labels,
-        corpus=corpora.corpus_record(data.source, rows, columns),
-    )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _labels(config: Config, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    if config.task != "sequence-classification":
-        return ()
-    found = sorted({str(row[config.data.label_column]) for row in rows})
-    labels = tuple(config.data.labels) or tuple(found)
-    if len(labels) < 2:
-        raise ConfigError(f"data.labels: expected at least two labels, got {len(labels)}. Check data.label_column.")
-    if len(set(labels)) != len(labels):
-        raise ConfigError("data.labels: expected each label once. Remove the repeats.")
-    return labels
-
-
-def _check_length(base: Base, config: Config) -> None:
-    longest = getattr(base.model.config, "max_position_embeddings", None)
-    if longest is not None and config.train.max_length > longest:
-        raise ConfigError(
-            f"train.max_length={config.train.max_length}: expected at most {longest}, what the base's positions reach."
-        )
-
-
-def _examples(encoder: Encoder, silo: Silo, split: str) -> list[Example]:
-    examples = encoder.examples(getattr(silo, split))
-    if not examples:
-        raise DataError(
-            f"silo {silo.name!r}: expected examples for {split}, its rows give none of at least two tokens. "
-            "Check the columns and train.max_length."
-        )
-    return examples
 
 
 def budgets(config: Config, spec: AdapterSpec) -> dict[str, Budget]:

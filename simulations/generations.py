@@ -8,7 +8,7 @@ from lamina.client.evaluate import continuation
 from lamina.client.model import put
 from lamina.protos.adapter import Adapter
 from lamina.protos.config import Config
-from lamina.simulations.engine import Prepared
+from lamina.simulations.prepare import Prepared
 
 _NEW_TOKENS = 48
 

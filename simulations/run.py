@@ -21,8 +21,9 @@ from lamina.server.rounds import Completed, Evaluation
 from lamina.server.rounds import run as run_rounds
 from lamina.simulations import compose, engine
 from lamina.simulations.baselines import measure as measure_baselines
-from lamina.simulations.engine import Prepared, Watcher
+from lamina.simulations.engine import Watcher
 from lamina.simulations.generations import generations
+from lamina.simulations.prepare import Prepared, prepare
 from lamina.strategies.base import ServerState
 
 
@@ -68,7 +69,7 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
     if config.threads:
         torch.set_num_threads(config.threads)
     path = Path(config.resume or config.output or default_output())
-    prepared = prepared or engine.prepare(config, watcher.say)
+    prepared = prepared or prepare(config, watcher.say)
     config = _pinned(config, prepared)
     fixed = engine.identity(config, prepared)
     found = engine.budgets(config, prepared.base.spec)

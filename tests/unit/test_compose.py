@@ -92,11 +92,11 @@ def test_a_rank_pattern_can_be_given_in_both_ways() -> None:
         ("+new.key=1", "no such key"),
         ("hydra.run.dir=x", "no such key"),
         ("data.surce=x", "data.source"),
-        ("~rounds", ""),
+        ("~rounds", "."),
     ],
 )
 def test_an_unknown_key_names_the_nearest(word: str, hint: str) -> None:
-    with pytest.raises(ConfigError, match=hint.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match=hint if hint == "." else hint.replace(".", r"\.")):
         config_of(word)
 
 
@@ -167,16 +167,16 @@ def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
         ("roundz: 3\n", "rounds"),
         ("train:\n  learning_rat: 3\n", "train.learning_rate"),
         ("rounds: many\n", "rounds"),
-        ("- rounds\n- seed\n", ""),
-        ("just words\n", ""),
-        ("data: notes.jsonl\n", ""),
-        ("1: 2\n", ""),
+        ("- rounds\n- seed\n", "."),
+        ("just words\n", "."),
+        ("data: notes.jsonl\n", "."),
+        ("1: 2\n", "."),
     ],
 )
 def test_a_bad_yaml_file_is_a_config_error(tmp_path: Path, text: str, said: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=said.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match=said if said == "." else said.replace(".", r"\.")):
         compose.composed([], file)
 
 

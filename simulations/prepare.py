@@ -1,0 +1,132 @@
+"""From a config to what a run starts from: the base, the silos, and their examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lamina.client.data import Encoder, Example, check_columns, load_rows, text_columns
+from lamina.client.model import Base, BaseOptions, load_base, load_tokenizer, resolved
+from lamina.protos.config import Config
+from lamina.protos.errors import ConfigError, DataError
+from lamina.simulations import corpora
+from lamina.simulations.partition import Silo, deal
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Base and data of a run, which several runs may share.
+
+    Attributes:
+        base: The frozen base.
+        names: Client id -> silo name.
+        train: Client id -> training examples.
+        held_out: Client id -> held-out examples.
+        labels: Ordered label list.
+        corpus: See `corpora.corpus_record`.
+    """
+
+    base: Base
+    names: Mapping[str, str]
+    train: Mapping[str, Sequence[Example]]
+    held_out: Mapping[str, Sequence[Example]]
+    labels: tuple[str, ...]
+    corpus: Mapping[str, Any]
+
+
+def prepare(config: Config, say: Callable[[str], None] = lambda text: None) -> Prepared:
+    """Load the base and the data, deal rows to clients, and make examples.
+
+    Args:
+        config: A checked config.
+        say: Told what is going on.
+
+    Returns:
+        What the run starts from.
+
+    Raises:
+        ConfigError: If the base, the data or the partition cannot be had.
+    """
+    data, task = config.data, config.task
+    columns = text_columns(data, task)
+    say(f"reading {data.source}")
+    rows = corpora.stdlib_rows() if data.source == "stdlib" else load_rows(data.source, data)
+    check_columns(rows, columns, f"data.source={data.source}")
+    test_rows = None
+    if not _is_number(data.holdout):
+        test_rows = load_rows(data.holdout, data)
+        check_columns(test_rows, columns, f"data.holdout={data.holdout}")
+    labels = _labels(config, rows)
+    silos = deal(rows, test_rows, config)
+    say(f"loading {config.model.source}")
+    base = load_base(
+        BaseOptions(
+            source=config.model.source,
+            revision=config.model.revision,
+            task=task,
+            labels=labels,
+            target_modules=config.lora.target_modules,
+            seed=config.seed,
+            device=config.train.device,
+        )
+    )
+    _check_length(base, config)
+    encoder = Encoder(
+        load_tokenizer(resolved(config.model.source), config.model.revision),
+        data,
+        task,
+        labels,
+        config.train.max_length,
+    )
+    train = {str(k): _examples(encoder, silo, "train") for k, silo in enumerate(silos)}
+    held_out = {
+        str(k): _examples(encoder, silo, config.evaluate.split)[: config.evaluate.max_examples]
+        for k, silo in enumerate(silos)
+    }
+    return Prepared(
+        base=base,
+        names={str(k): silo.name for k, silo in enumerate(silos)},
+        train=train,
+        held_out=held_out,
+        labels=labels,
+        corpus=corpora.corpus_record(data.source, rows, columns),
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _labels(config: Config, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    if config.task != "sequence-classification":
+        return ()
+    found = sorted({str(row[config.data.label_column]) for row in rows})
+    labels = tuple(config.data.labels) or tuple(found)
+    if len(labels) < 2:
+        raise ConfigError(f"data.labels: expected at least two labels, got {len(labels)}. Check data.label_column.")
+    if len(set(labels)) != len(labels):
+        raise ConfigError("data.labels: expected each label once. Remove the repeats.")
+    return labels
+
+
+def _check_length(base: Base, config: Config) -> None:
+    longest = getattr(base.model.config, "max_position_embeddings", None)
+    if longest is not None and config.train.max_length > longest:
+        raise ConfigError(
+            f"train.max_length={config.train.max_length}: expected at most {longest}, what the base's positions reach."
+        )
+
+
+def _examples(encoder: Encoder, silo: Silo, split: str) -> list[Example]:
+    examples = encoder.examples(getattr(silo, split))
+    if not examples:
+        raise DataError(
+            f"silo {silo.name!r}: expected examples for {split}, its rows give none of at least two tokens. "
+            "Check the columns and train.max_length."
+        )
+    return examples
