@@ -16,9 +16,10 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
+	rm -rf $(DEMO)
 	$(BIN)/lamina simulate --multirun strategy=recompress,residual,stack,zeropad \
-	  clients.count=10 'clients.ranks=[32,16,8,8,4,4,2,2,2,2]' rounds=4 train.local_steps=15 \
-	  data.generate=3 output=$(DEMO)
+	  clients.count=10 'clients.ranks=[32,16,8,8,4,4,2,2,2,2]' rounds=4 train.local_steps=12 \
+	  train.max_length=64 evaluate.max_examples=100 output=$(DEMO)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

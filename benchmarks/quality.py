@@ -83,7 +83,7 @@ def measure(curve: Curve, prepared: dict[str, Any]) -> dict[str, Any]:
     test = replace(prepared["test"], train=dict(prepared["test"].train))
     found = engine.budgets(config, test.base.spec)
     campaign = engine.campaign(config, test.base.spec, found, "quality")
-    cohort = engine.cohort(config, test, found, Silent())
+    cohort = engine.cohort(config, test, found, engine.Quiet())
     started = time.monotonic()
     shown = {1, 2, 5, 10, 15, 20, config.rounds}
 
@@ -109,13 +109,6 @@ def measure(curve: Curve, prepared: dict[str, Any]) -> dict[str, Any]:
         "relative_error": max(r["relative_error"] for r in store.records),
         "seconds": time.monotonic() - started,
     }
-
-
-class Silent:
-    def begin(self, rounds: int, names: Any, done: int) -> None: ...
-    def step(self, client_id: str, round_number: int, step: int, steps: int, loss: float) -> None: ...
-    def completed(self, completed: Any) -> None: ...
-    def say(self, text: str) -> None: ...
 
 
 class Memory:

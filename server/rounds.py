@@ -6,6 +6,7 @@ and enters the next global adapter in `Strategy.step`. The checkpoint is on disk
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -221,14 +222,22 @@ def evaluation_record(evaluation: Evaluation | None) -> dict[str, Any]:
         evaluation: The figures, or None where the round is not evaluated.
 
     Returns:
-        `loss`, `accuracy`, `loss_worst`, `loss_spread` and `per_client_loss`, null where unknown.
+        `loss`, `accuracy`, `perplexity`, `loss_worst`, `loss_spread` and `per_client_loss`, null where unknown.
     """
     if evaluation is None:
-        return {"loss": None, "accuracy": None, "loss_worst": None, "loss_spread": None, "per_client_loss": {}}
+        return {
+            "loss": None,
+            "accuracy": None,
+            "perplexity": None,
+            "loss_worst": None,
+            "loss_spread": None,
+            "per_client_loss": {},
+        }
     losses = {client: figures["loss"] for client, figures in evaluation.per_client.items()}
     return {
         "loss": evaluation.loss,
         "accuracy": evaluation.accuracy,
+        "perplexity": math.exp(min(evaluation.loss, 700.0)) if evaluation.accuracy is None else None,
         "loss_worst": max(losses.values()),
         "loss_spread": float(np.std(list(losses.values()))),
         "per_client_loss": losses,

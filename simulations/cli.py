@@ -16,7 +16,7 @@ from lamina.protos.errors import ConfigError
 from lamina.server.report import write_report
 from lamina.simulations import compose, run
 from lamina.simulations.prepare import Prepared, prepare
-from lamina.simulations.progress import Terminal, table
+from lamina.simulations.progress import Terminal, over_seeds, table
 
 _EXAMPLES = """\
 usage: lamina simulate [key=value …] [--multirun] [--config FILE.yaml] [--json]
@@ -81,6 +81,8 @@ def main(command: str, words: Sequence[str]) -> int:
             watcher.end()
         titles.append(title or config.strategy.name)
     console.print(table(finished, titles))
+    if len({config.seed for config, _ in configs}) > 1:
+        console.print("\n".join(over_seeds(finished, titles)), highlight=False)
     pages = [one.path / "report.html" for one in finished]
     if len(finished) > 1:
         pages = [finished[0].path.parent / "report.html"]

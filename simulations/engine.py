@@ -53,6 +53,22 @@ class Watcher(Protocol):
         ...
 
 
+class Quiet:
+    """A watcher that shows nothing."""
+
+    def begin(self, rounds: int, names: Mapping[str, str], done: int) -> None:
+        """Nothing."""
+
+    def step(self, client_id: str, round_number: int, step: int, steps: int, loss: float) -> None:
+        """Nothing."""
+
+    def completed(self, completed: Completed) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+
 def budgets(config: Config, spec: AdapterSpec) -> dict[str, Budget]:
     """What each client can hold: its rank clamped per module, its scale, its download rank.
 

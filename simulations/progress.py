@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -132,3 +133,24 @@ def table(finished: Sequence[Finished], titles: Sequence[str]) -> Table:
             cells[3:3] = [f"{figures['base_accuracy']:.3f} -> {figures['final_accuracy']:.3f}"]
         made.add_row(*cells)
     return made
+
+
+def over_seeds(finished: Sequence[Finished], titles: Sequence[str]) -> list[str]:
+    """Mean and standard deviation of the final loss over the seeds of a sweep.
+
+    Args:
+        finished: The runs.
+        titles: One for each, with `seed=N` among its words where seeds were swept.
+
+    Returns:
+        One line for each setting that was run with several seeds.
+    """
+    groups: dict[str, list[float]] = {}
+    for one, title in zip(finished, titles, strict=True):
+        rest = " ".join(word for word in title.split() if not word.startswith("seed="))
+        groups.setdefault(rest, []).append(one.summary["eval"]["final_loss"])
+    return [
+        f"{rest or 'all runs'}: final loss {statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} over {len(losses)} seeds"
+        for rest, losses in groups.items()
+        if len(losses) > 1
+    ]

@@ -12,7 +12,8 @@ from lamina.protos.messages import Instruction, Reply
 from lamina.server import rounds
 from lamina.server.rounds import Campaign, Completed, Evaluation
 from lamina.simulations import compose, engine
-from lamina.simulations.engine import Cohort, Prepared
+from lamina.simulations.engine import Cohort
+from lamina.simulations.prepare import Prepared, prepare
 from lamina.strategies.base import ServerState
 
 SMALL = (
@@ -134,7 +135,7 @@ def no_evaluation(adapter: Adapter, round_number: int) -> Evaluation | None:
 
 def play(config: Config, prepared: Prepared | None = None) -> Outcome:
     """Run a config in memory, without evaluation and without a directory."""
-    prepared = prepared or engine.prepare(config)
+    prepared = prepared or prepare(config)
     found = engine.budgets(config, prepared.base.spec)
     campaign = engine.campaign(config, prepared.base.spec, found, "run")
     cohort = engine.cohort(config, prepared, found, Quiet())

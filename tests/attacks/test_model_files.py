@@ -1,0 +1,134 @@
+"""Attack: a model directory that carries code. Nothing of it runs; pickled weights are refused."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lamina.client.model import BaseOptions, load_base
+from lamina.protos.errors import ConfigError
+from tests import models
+
+MARKER = "LAMINA_ATTACK_MARKER"
+UNREADABLE = pytest.mark.xfail(strict=True, reason="load_base lets safetensors' own error through: a traceback, exit code 1")
+ASKS = pytest.mark.xfail(
+    strict=True, reason="trust_remote_code is left open: transformers asks, and runs the directory's code on a `y`"
+)
+NO_MAPPING = pytest.mark.xfail(strict=True, raises=TypeError, reason="a config.json that is no object ends in a TypeError")
+
+
+class Bomb:
+    """Writes a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self._path),)
+
+
+def load(source: Path, task: str = "causal-lm") -> None:
+    labels = ("a", "b") if task == "sequence-classification" else ()
+    load_base(BaseOptions(str(source), task=task, labels=labels, device="cpu"))
+
+
+@pytest.fixture
+def copy(llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin", "model.pt"])
+def test_pickled_weights_are_refused_unread(copy: Path, tmp_path: Path, name: str) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / name).write_bytes(pickle.dumps(Bomb(tmp_path / MARKER)))
+    with pytest.raises(ConfigError, match="safetensors"):
+        load(copy)
+    assert not (tmp_path / MARKER).exists()
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(copy: Path, tmp_path: Path) -> None:
+    (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / MARKER)))
+    load(copy)
+    assert not (tmp_path / MARKER).exists()
+
+
+@UNREADABLE
+def test_a_pickle_under_the_name_of_safetensors_is_refused(copy: Path, tmp_path: Path) -> None:
+    (copy / "model.safetensors").write_bytes(pickle.dumps(Bomb(tmp_path / MARKER)))
+    with pytest.raises(ConfigError):
+        load(copy)
+    assert not (tmp_path / MARKER).exists()
+
+
+@UNREADABLE
+@pytest.mark.parametrize("kept", [0.001, 0.5, 0.999])
+def test_truncated_weights_are_a_config_error(copy: Path, kept: float) -> None:
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[: int(len(weights) * kept)])
+    with pytest.raises(ConfigError, match=r"model\.source"):
+        load(copy)
+
+
+def with_code(folder: Path, marker: Path, model_type: str, where: str) -> None:
+    """Add a module that leaves a mark when imported, and point the config at it."""
+    code = f"import os\nos.mkdir({str(marker)!r})\nfrom transformers import *\n"
+    (folder / "evil.py").write_text(code)
+    if where == "config":
+        document = json.loads((folder / "config.json").read_text()) | {"model_type": model_type}
+        document["auto_map"] = {
+            "AutoConfig": "evil.LlamaConfig",
+            "AutoModelForCausalLM": "evil.LlamaForCausalLM",
+            "AutoModelForSequenceClassification": "evil.LlamaForSequenceClassification",
+        }
+        (folder / "config.json").write_text(json.dumps(document))
+    else:
+        document = json.loads((folder / "tokenizer_config.json").read_text())
+        document |= {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": [None, "evil.LlamaTokenizerFast"]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "where"),
+    [
+        ("llama", "config"),
+        pytest.param("llama", "tokenizer", marks=ASKS),
+        pytest.param("evil", "config", marks=ASKS),
+        pytest.param("evil", "tokenizer", marks=ASKS),
+    ],
+)
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_custom_code_never_runs_whatever_is_answered(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, model_type: str, task: str
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(builtins, "input", lambda prompt="": asked.append(prompt) or "y")  # type: ignore[func-returns-value]
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with_code(copy, tmp_path / MARKER, model_type, where)
+    try:
+        load(copy, task)
+    except ConfigError:
+        pass
+    assert not (tmp_path / MARKER).exists()
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "{"),
+        ("config.json", "{}"),
+        ("tokenizer.json", "{"),
+        pytest.param("config.json", "[]", marks=NO_MAPPING),
+        pytest.param("config.json", "null", marks=NO_MAPPING),
+    ],
+)
+def test_malformed_model_files_are_config_errors(copy: Path, name: str, content: str) -> None:
+    (copy / name).write_text(content)
+    with pytest.raises(ConfigError):
+        load(copy)

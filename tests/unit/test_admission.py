@@ -1,0 +1,123 @@
+"""The checks on one update, alone: order, reasons, and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lamina.protos.adapter import Adapter, LoraFactors, product
+from lamina.protos.codec import encode_update
+from lamina.protos.errors import AdapterMismatch, UpdateRejected
+from lamina.protos.messages import Update
+from lamina.protos.spec import AdapterSpec, from_json
+from lamina.server.admission import MAX_EXAMPLES, Expected, admit, change_norm, size_cap_bytes
+from tests.federation import MODULES, SCALE, budget, spec
+
+PARENT = "f" * 64
+
+
+def adapter(rank: int = 2, seed: int = 0) -> Adapter:
+    rng = np.random.default_rng(seed)
+    lora = {
+        module: LoraFactors(
+            rng.normal(size=(rank, d_in)).astype(np.float32), rng.normal(size=(d_out, rank)).astype(np.float32), SCALE
+        )
+        for module, (d_out, d_in) in MODULES.items()
+    }
+    return Adapter(lora, {"head.weight": rng.normal(size=(2, 3)).astype(np.float32)})
+
+
+def update() -> Update:
+    return Update("run", 3, "17", PARENT, adapter(), num_examples=5)
+
+
+def expected(received: Adapter | None = None, max_norm: float | None = None) -> Expected:
+    return Expected("run", 3, "17", PARENT, spec(), budget(2), received or Adapter(), max_norm)
+
+
+def test_an_honest_update_passes_unchanged() -> None:
+    got = admit(encode_update(update(), "fp32"), expected(), set())
+    assert (got.run_id, got.round, got.client_id, got.num_examples) == ("run", 3, "17", 5)
+    for module in MODULES:
+        assert got.adapter.lora[module].A.tobytes() == update().adapter.lora[module].A.tobytes()
+
+
+@pytest.mark.parametrize(("examples", "passes"), [(0, False), (1, True), (MAX_EXAMPLES, True), (MAX_EXAMPLES + 1, False)])
+def test_the_bounds_of_num_examples(examples: int, passes: bool) -> None:
+    payload = encode_update(replace(update(), num_examples=examples), "fp32")
+    if passes:
+        admit(payload, expected(), set())
+        return
+    with pytest.raises(UpdateRejected) as caught:
+        admit(payload, expected(), set())
+    assert caught.value.reason == "weight"
+
+
+def test_the_message_says_who_when_what_and_what_to_do() -> None:
+    small = replace(update(), adapter=adapter(rank=1))
+    with pytest.raises(UpdateRejected) as caught:
+        admit(encode_update(small, "fp32"), expected(), set())
+    message = str(caught.value)
+    assert "client 17, round 3" in message
+    assert "expected rank 2" in message
+    assert "got 1" in message
+
+
+def test_a_second_update_is_a_duplicate() -> None:
+    with pytest.raises(UpdateRejected) as caught:
+        admit(encode_update(update(), "fp32"), expected(), {"17"})
+    assert caught.value.reason == "duplicate"
+
+
+def test_the_norm_is_that_of_the_products() -> None:
+    one, start = adapter(seed=1), adapter(seed=2)
+    squared = sum(
+        float(np.square(product(one.lora[m]) - product(start.lora[m])).sum()) for m in MODULES
+    ) + float(np.square(one.dense["head.weight"].astype(float) - start.dense["head.weight"]).sum())
+    assert change_norm(one, start, spec()) == pytest.approx(np.sqrt(squared), rel=1e-9)
+
+
+def test_the_norm_of_no_change_is_zero() -> None:
+    assert change_norm(adapter(), adapter(), spec()) == 0.0
+
+
+def test_the_norm_bound_is_inclusive() -> None:
+    payload = encode_update(update(), "fp32")
+    norm = change_norm(update().adapter, Adapter(), spec())
+    admit(payload, expected(max_norm=norm * 1.001), set())
+    with pytest.raises(UpdateRejected) as caught:
+        admit(payload, expected(max_norm=norm * 0.999), set())
+    assert caught.value.reason == "norm"
+
+
+@pytest.mark.parametrize("rank", [1, 2, 7])
+def test_the_size_cap_grows_with_the_budget_alone(rank: int) -> None:
+    numbers = sum(rank * (d_out + d_in) for d_out, d_in in MODULES.values()) + 6
+    assert 4 * numbers < size_cap_bytes(spec(), budget(rank)) < 4 * numbers + 2 * 1024**2
+
+
+# The spec -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_spec_survives_json_bit_for_bit() -> None:
+    first = AdapterSpec(MODULES, "sequence-classification", ("b", "a"), spec().dense, "tiny", {"weights": "ab"})
+    again = from_json(first.to_json())
+    assert (dict(again.modules), again.task, again.labels) == (dict(MODULES), "sequence-classification", ("b", "a"))
+    assert again.dense["head.weight"].tobytes() == first.dense["head.weight"].tobytes()
+    assert again.hashes == first.hashes
+
+
+def test_ranks_are_clamped_to_the_shape() -> None:
+    assert [spec().clamped(rank, "block.q_proj") for rank in (1, 7, 8, 100)] == [1, 7, 7, 7]
+
+
+def test_shapes_are_paired_by_name_never_by_size() -> None:
+    square = AdapterSpec({"m": (4, 4)})
+    rows, columns = np.ones((2, 4), np.float32), np.ones((4, 2), np.float32)
+    square.check(Adapter({"m": LoraFactors(rows, columns)}))
+    with pytest.raises(AdapterMismatch, match="one base model"):
+        square.check(Adapter({"m": LoraFactors(columns, rows)}))
+    with pytest.raises(AdapterMismatch, match="by their names"):
+        LoraFactors(rows, rows)
