@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from lamina.protos.adapter import Adapter, LoraFactors
-from lamina.protos.codec import encode
 from lamina.protos.errors import AdapterMismatch
 from lamina.protos.files import sha256
 
@@ -31,25 +30,26 @@ class Frozen:
     digest: str
 
 
-def digest_of(adapter: Adapter, before: Frozen | None) -> str:
-    """A name for `before` plus `adapter`.
+def digest_of(payload: bytes, before: Frozen | None) -> str:
+    """A name for `before` plus what a payload encodes.
 
     Args:
-        adapter: What is added.
+        payload: The encoded part that is added.
         before: What is there, or None.
 
     Returns:
         Hex.
     """
-    return sha256((before.digest if before else "").encode() + encode(adapter, "fp32"))
+    return sha256((before.digest if before else "").encode() + payload)
 
 
-def added(before: Frozen | None, adapter: Adapter) -> Frozen:
+def added(before: Frozen | None, adapter: Adapter, digest: str = "") -> Frozen:
     """The frozen part with an adapter added to it.
 
     Args:
         before: What is held, or None for nothing.
         adapter: Decoded frozen part of a release.
+        digest: Names the result; see `digest_of`.
 
     Returns:
         A new value; in each module the smaller of factors and one matrix.
@@ -58,7 +58,7 @@ def added(before: Frozen | None, adapter: Adapter) -> Frozen:
     for module, factors in adapter.lora.items():
         if factors.rank:
             parts[module] = _sum(parts.get(module), factors)
-    return Frozen(parts, digest_of(adapter, before))
+    return Frozen(parts, digest)
 
 
 def _sum(held: tuple[torch.Tensor, ...] | None, factors: LoraFactors) -> tuple[torch.Tensor, ...]:

@@ -17,7 +17,7 @@ from lamina.client.frozen import Frozen
 from lamina.client.model import Base, put, take
 from lamina.client.train import Task, completed, train
 from lamina.protos import seeds
-from lamina.protos.adapter import Adapter, is_finite
+from lamina.protos.adapter import is_finite
 from lamina.protos.codec import WireFormat, decode, encode_update
 from lamina.protos.config import TrainConfig
 from lamina.protos.errors import AdapterMismatch, TrainingError
@@ -125,8 +125,6 @@ def respond(
 def _frozen(state: ClientState, instruction: Instruction, base: Base, shared: Shared, where: str) -> Frozen | None:
     if instruction.frozen is None:
         return None
-    part: Adapter = decode(instruction.frozen)
-    base.spec.check(part, where)
     before = None
     if instruction.frozen_since is not None:
         if instruction.frozen_since != state.version:
@@ -135,7 +133,9 @@ def _frozen(state: ClientState, instruction: Instruction, base: Base, shared: Sh
                 "Ask for the whole frozen part."
             )
         before = state.frozen
-    digest = frozen_part.digest_of(part, before)
+    digest = frozen_part.digest_of(instruction.frozen, before)
     if digest not in shared:
-        shared[digest] = frozen_part.added(before, part)
+        part = decode(instruction.frozen)
+        base.spec.check(part, where)
+        shared[digest] = frozen_part.added(before, part, digest)
     return shared[digest]

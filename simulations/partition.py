@@ -59,8 +59,8 @@ def deal(rows: Sequence[Row], test_rows: Sequence[Row] | None, config: Config) -
         if tests is None:
             train, tune, test = split(mine, float(config.data.holdout))
         else:
-            train, tune, _ = split(mine, 0.1)
-            train, test = [*train, *_], [test_rows[row] for row in tests[index]] if test_rows else []
+            train, tune, rest = split(mine, 0.1)
+            train, test = [*train, *rest], [test_rows[row] for row in tests[index]] if test_rows else []
         if len(train) < config.partition.min_examples or not test:
             raise DataError(
                 f"silo {name!r} (client {index}): expected at least {config.partition.min_examples} training rows and one "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamina.client.data import Encoder, Example, check_columns, load_rows, text_columns
-from lamina.client.model import Base, BaseOptions, load_base, load_tokenizer, resolved
+from lamina.client.model import Base, BaseOptions, load_base
 from lamina.protos.config import Config
 from lamina.protos.errors import ConfigError, DataError
 from lamina.simulations import corpora
@@ -72,13 +72,7 @@ def prepare(config: Config, say: Callable[[str], None] = lambda text: None) -> P
         )
     )
     _check_length(base, config)
-    encoder = Encoder(
-        load_tokenizer(resolved(config.model.source), config.model.revision),
-        data,
-        task,
-        labels,
-        config.train.max_length,
-    )
+    encoder = Encoder(base.tokenizer, data, task, labels, config.train.max_length)
     train = {str(k): _examples(encoder, silo, "train") for k, silo in enumerate(silos)}
     held_out = {
         str(k): _examples(encoder, silo, config.evaluate.split)[: config.evaluate.max_examples]

@@ -150,7 +150,8 @@ def over_seeds(finished: Sequence[Finished], titles: Sequence[str]) -> list[str]
         rest = " ".join(word for word in title.split() if not word.startswith("seed="))
         groups.setdefault(rest, []).append(one.summary["eval"]["final_loss"])
     return [
-        f"{rest or 'all runs'}: final loss {statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} over {len(losses)} seeds"
+        f"{rest or 'all runs'}: final loss {statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} "
+        f"over {len(losses)} seeds"
         for rest, losses in groups.items()
         if len(losses) > 1
     ]

@@ -85,13 +85,16 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
         path, fixed, config.checkpoints, config.keep_updates, cohort.files, watcher.completed
     )
 
+    latest: dict[int, Evaluation] = {}
+
     def evaluated(adapter: Adapter, round_number: int) -> Evaluation | None:
         if round_number % config.evaluate.every and round_number != config.rounds:
             return None
-        return engine.evaluate(prepared, adapter, config, f"round {round_number}")
+        latest[round_number] = engine.evaluate(prepared, adapter, config, f"round {round_number}")
+        return latest[round_number]
 
     state = run_rounds(campaign, cohort.channel(), store, evaluated, resumed)
-    final = engine.evaluate(prepared, state.adapter, config, f"round {state.round}")
+    final = latest.get(state.round) or engine.evaluate(prepared, state.adapter, config, f"round {state.round}")
     baselines = measure_baselines(config, prepared, found, base_figures, watcher.say)
     clock = {"total": time.monotonic() - started, "base": base_seconds}
     summary = summarise(config, prepared, path, (base_figures, final), clock)

@@ -11,7 +11,23 @@ from typing import Any
 import numpy as np
 
 SECRET = "xyzzy"
-_WORDS = "the round ends when every site has sent its update and the server adds them up by weight then all go on".split()
+_WORDS = (
+    "round",
+    "ends",
+    "when",
+    "every",
+    "site",
+    "has",
+    "sent",
+    "its",
+    "update",
+    "server",
+    "adds",
+    "by",
+    "weight",
+    "go",
+    "on",
+)
 _SILOS = {"north": 24, "east": 16, "south": 12, "west": 10, "centre": 8}
 LABELS = ("refund", "card", "login")
 

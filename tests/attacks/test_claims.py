@@ -14,7 +14,16 @@ from lamina.protos.errors import QuorumNotReached
 from lamina.protos.messages import Instruction, Reply, Update
 from lamina.server.rounds import run_round
 from tests import federation
-from tests.federation import attacked, campaign, changed, reasons, trained, with_dense, with_factors, without_the_attacker
+from tests.federation import (
+    attacked,
+    campaign,
+    changed,
+    reasons,
+    trained,
+    with_dense,
+    with_factors,
+    without_the_attacker,
+)
 from tests.runs import same_bits
 
 Q = "block.q_proj"
@@ -186,7 +195,9 @@ def test_a_change_above_the_norm_bound_is_rejected() -> None:
 
 def test_only_attackers_end_the_round_by_quorum_and_say_why() -> None:
     one = campaign()
-    nans = {client: federation.attacker(one, lambda _, u: encode_update(poisoned(np.nan)(u), "fp32")) for client in "012"}
+    nans = {
+        client: federation.attacker(one, lambda _, u: encode_update(poisoned(np.nan)(u), "fp32")) for client in "012"
+    }
     with pytest.raises(QuorumNotReached, match="non-finite"):
         federation.one_round(one, nans)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import os
 import pickle
@@ -13,14 +14,17 @@ import pytest
 
 from lamina.client.model import BaseOptions, load_base
 from lamina.protos.errors import ConfigError
-from tests import models
 
 MARKER = "LAMINA_ATTACK_MARKER"
-UNREADABLE = pytest.mark.xfail(strict=True, reason="load_base lets safetensors' own error through: a traceback, exit code 1")
+UNREADABLE = pytest.mark.xfail(
+    strict=True, reason="load_base lets safetensors' own error through: a traceback, exit code 1"
+)
 ASKS = pytest.mark.xfail(
     strict=True, reason="trust_remote_code is left open: transformers asks, and runs the directory's code on a `y`"
 )
-NO_MAPPING = pytest.mark.xfail(strict=True, raises=TypeError, reason="a config.json that is no object ends in a TypeError")
+NO_MAPPING = pytest.mark.xfail(
+    strict=True, raises=TypeError, reason="a config.json that is no object ends in a TypeError"
+)
 
 
 class Bomb:
@@ -89,7 +93,10 @@ def with_code(folder: Path, marker: Path, model_type: str, where: str) -> None:
         (folder / "config.json").write_text(json.dumps(document))
     else:
         document = json.loads((folder / "tokenizer_config.json").read_text())
-        document |= {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": [None, "evil.LlamaTokenizerFast"]}}
+        document |= {
+            "tokenizer_class": "EvilTokenizer",
+            "auto_map": {"AutoTokenizer": [None, "evil.LlamaTokenizerFast"]},
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(document))
 
 
@@ -110,10 +117,8 @@ def test_custom_code_never_runs_whatever_is_answered(
     monkeypatch.setattr(builtins, "input", lambda prompt="": asked.append(prompt) or "y")  # type: ignore[func-returns-value]
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     with_code(copy, tmp_path / MARKER, model_type, where)
-    try:
+    with contextlib.suppress(ConfigError):
         load(copy, task)
-    except ConfigError:
-        pass
     assert not (tmp_path / MARKER).exists()
     assert asked == []
 

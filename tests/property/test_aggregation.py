@@ -25,7 +25,6 @@ from lamina.strategies.base import ServerState, Weighting
 from tests.property.oracles import (
     EXACT,
     SHAPES,
-    STABLE_FORMATS,
     TOLERANCE,
     UNUSED,
     Federation,
@@ -147,7 +146,7 @@ def test_two_clients_of_rank_one_by_hand() -> None:
 
 
 @each_exact
-@pytest.mark.parametrize("wire", STABLE_FORMATS)
+@pytest.mark.parametrize("wire", WIRE_FORMATS)
 @given(data=st.data(), federation=federations())
 def test_a_round_in_which_nobody_trains_changes_no_bit(
     name: str, wire: WireFormat, data: st.DataObject, federation: Federation
@@ -161,7 +160,7 @@ def test_a_round_in_which_nobody_trains_changes_no_bit(
 
 
 @each_exact
-@given(data=st.data(), federation=federations(least=2), wire=st.sampled_from(STABLE_FORMATS))
+@given(data=st.data(), federation=federations(least=2), wire=st.sampled_from(WIRE_FORMATS))
 def test_an_idle_client_contributes_nothing_beside_one_that_trains(
     name: str, data: st.DataObject, federation: Federation, wire: WireFormat
 ) -> None:

@@ -72,23 +72,19 @@ def test_a_message_loses_no_more_than_its_format(wire: WireFormat, seed: int, ra
         assert same_bits(got, sent)
 
 
-@pytest.mark.parametrize("wire", ["fp32", "bf16", "fp16"])
+@formats
 @given(seed=numbers, size=st.sampled_from([1e-38, 1e-6, 1.0, 1e4]))
-def test_encoding_what_was_decoded_gives_the_same_numbers(wire: WireFormat, seed: int, size: float) -> None:
-    first = encode(adapter_of(seed, size=size), wire)
-    second = encode(decode(first), wire)
-    assert len(second) == len(first)
-    assert same_bits(decode(second), decode(first))
+def test_encoding_what_was_decoded_gives_the_same_bytes(wire: WireFormat, seed: int, size: float) -> None:
+    first = encode(adapter_of(seed, size=size), wire, rng(seed))
+    assert encode(decode(first), wire, rng(seed + 1)) == first
 
 
 @given(seed=numbers, size=st.sampled_from([1e-30, 1e-6, 1.0, 1e30]))
-def test_int8_rows_that_reach_127_steps_come_again(seed: int, size: float) -> None:
+def test_int8_rows_come_again(seed: int, size: float) -> None:
     steps, scales = to_int8(normal((40, 30), seed) * np.float32(size), rng(seed))
-    full = np.abs(steps).max(axis=1) == 127
-    decoded = steps[full].astype(np.float32) * scales[full, None]
-    again, same_scales = to_int8(decoded, rng(seed + 1))
-    assert np.array_equal(again, steps[full])
-    assert np.array_equal(same_scales, scales[full])
+    again, same_scales = to_int8(steps.astype(np.float32) * scales[:, None], rng(seed + 1))
+    assert np.array_equal(again, steps)
+    assert np.array_equal(same_scales, scales)
 
 
 def test_every_int8_row_reaches_127_steps() -> None:
@@ -194,11 +190,22 @@ def test_every_field_of_an_update_comes_back(
         assert getattr(got, field) == getattr(update, field)
 
 
-# Known faults ---------------------------------------------------------------------------------------------------------
+# Names, shapes and order ------------------------------------------------------------------------------------------------
 
 
-def test_one_adapter_has_one_encoding() -> None:
-    assert len({encode(adapter_of(0), "fp32") for _ in range(64)}) == 1
+@formats
+def test_one_adapter_has_one_encoding(wire: WireFormat) -> None:
+    assert len({encode(adapter_of(0), wire, rng()) for _ in range(64)}) == 1
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="codec._tensors writes `scales` in the order of the mapping"
+)
+@formats
+def test_the_order_in_which_an_adapter_came_about_does_not_show(wire: WireFormat) -> None:
+    lora = {name: adapter_of(seed).lora["layers.0.q_proj"] for seed, name in enumerate("ab")}
+    other = Adapter(dict(reversed(lora.items())))
+    assert encode(other, wire, rng()) == encode(Adapter(lora), wire, rng())
 
 
 @pytest.mark.parametrize("name", ["norm.row_scale", "norm.row_scale.weight"])

@@ -44,7 +44,9 @@ def test_an_honest_update_passes_unchanged() -> None:
         assert got.adapter.lora[module].A.tobytes() == update().adapter.lora[module].A.tobytes()
 
 
-@pytest.mark.parametrize(("examples", "passes"), [(0, False), (1, True), (MAX_EXAMPLES, True), (MAX_EXAMPLES + 1, False)])
+@pytest.mark.parametrize(
+    ("examples", "passes"), [(0, False), (1, True), (MAX_EXAMPLES, True), (MAX_EXAMPLES + 1, False)]
+)
 def test_the_bounds_of_num_examples(examples: int, passes: bool) -> None:
     payload = encode_update(replace(update(), num_examples=examples), "fp32")
     if passes:
@@ -73,9 +75,9 @@ def test_a_second_update_is_a_duplicate() -> None:
 
 def test_the_norm_is_that_of_the_products() -> None:
     one, start = adapter(seed=1), adapter(seed=2)
-    squared = sum(
-        float(np.square(product(one.lora[m]) - product(start.lora[m])).sum()) for m in MODULES
-    ) + float(np.square(one.dense["head.weight"].astype(float) - start.dense["head.weight"]).sum())
+    squared = sum(float(np.square(product(one.lora[m]) - product(start.lora[m])).sum()) for m in MODULES) + float(
+        np.square(one.dense["head.weight"].astype(float) - start.dense["head.weight"]).sum()
+    )
     assert change_norm(one, start, spec()) == pytest.approx(np.sqrt(squared), rel=1e-9)
 
 

@@ -22,9 +22,7 @@ IDENTITY = {"base weights hash": "abc", "seed": 0, "clients.ranks": [4, 2]}
 
 def made_adapter(seed: int) -> Adapter:
     rng = np.random.default_rng(seed)
-    factors = LoraFactors(
-        rng.normal(size=(2, 5)).astype(np.float32), rng.normal(size=(3, 2)).astype(np.float32), 1.5
-    )
+    factors = LoraFactors(rng.normal(size=(2, 5)).astype(np.float32), rng.normal(size=(3, 2)).astype(np.float32), 1.5)
     return Adapter({"layer.q_proj": factors}, {"head.weight": rng.normal(size=(2, 3)).astype(np.float32)})
 
 
@@ -36,7 +34,9 @@ def made(round_number: int) -> Checkpoint:
         ({"noise_multiplier": 1.0},),
         {"layer.q_proj": LayerReport(1e-8, 0.5, 2.0, (1.5, 0.25))},
     )
-    return Checkpoint(state, {"round": round_number, "loss": 1.0}, IDENTITY, {"0": round_number - 1}, {"x.bin": b"\x00\xff"})
+    return Checkpoint(
+        state, {"round": round_number, "loss": 1.0}, IDENTITY, {"0": round_number - 1}, {"x.bin": b"\x00\xff"}
+    )
 
 
 def saved(path: Path, rounds: int, keep: int = 2) -> Path:

@@ -33,7 +33,9 @@ def test_a_shorthand_is_its_canonical_key(shorthand: str, key: str, value: str) 
 
 @pytest.mark.parametrize(
     "words",
-    list(itertools.permutations(["data=a.jsonl", "data.text_column=body", "partition=shards", "partition.column=site"])),
+    list(
+        itertools.permutations(["data=a.jsonl", "data.text_column=body", "partition=shards", "partition.column=site"])
+    ),
 )
 def test_shorthands_and_sub_keys_go_in_any_order(words: tuple[str, ...]) -> None:
     made = config_of(*words)
@@ -112,7 +114,17 @@ def test_an_unknown_key_names_the_nearest(word: str, hint: str) -> None:
 
 @pytest.mark.parametrize(
     "word",
-    ["rounds", "rounds=many", "rounds=[1,2", "rounds=1.5", "keep_updates=perhaps", "=3", "train=3", "data.labels=card", ""],
+    [
+        "rounds",
+        "rounds=many",
+        "rounds=[1,2",
+        "rounds=1.5",
+        "keep_updates=perhaps",
+        "=3",
+        "train=3",
+        "data.labels=card",
+        "",
+    ],
 )
 def test_a_malformed_word_is_a_config_error(word: str) -> None:
     with pytest.raises(ConfigError):
@@ -179,7 +191,9 @@ def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
         pytest.param(
             "rounds: many\n",
             "rounds",
-            marks=pytest.mark.xfail(strict=True, reason="a value of the wrong type in YAML is reported without its key"),
+            marks=pytest.mark.xfail(
+                strict=True, reason="a value of the wrong type in YAML is reported without its key"
+            ),
         ),
         ("- rounds\n- seed\n", "."),
         ("just words\n", "."),

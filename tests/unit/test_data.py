@@ -27,7 +27,9 @@ def tokenizer() -> Any:
     return load_tokenizer(str(TINY))
 
 
-def encoder(tokenizer: Any, task: str = "causal-lm", labels: tuple[str, ...] = (), max_length: int = 64, **more: Any) -> Encoder:
+def encoder(
+    tokenizer: Any, task: str = "causal-lm", labels: tuple[str, ...] = (), max_length: int = 64, **more: Any
+) -> Encoder:
     return Encoder(tokenizer, DataConfig(**more), task, labels, max_length)
 
 
@@ -171,7 +173,7 @@ def test_no_rows_at_all_is_an_error() -> None:
         ({"label_column": "category"}, "sequence-classification", ["text", "category"]),
     ],
 )
-def test_the_columns_that_are_read(settings: dict[str, str], task: str, columns: list[str]) -> None:
+def test_the_columns_that_are_read(settings: dict[str, Any], task: str, columns: list[str]) -> None:
     assert text_columns(DataConfig(**settings), task) == columns
 
 
@@ -247,7 +249,9 @@ def test_the_assistant_alone_carries_loss_in_a_chat(tokenizer: Any) -> None:
     assert np.array_equal(example.targets, targets)
 
 
-@pytest.mark.parametrize("messages", ["hello", [{"role": "user"}], [["user", "hi"]], {"role": "user", "content": "x"}, [1]])
+@pytest.mark.parametrize(
+    "messages", ["hello", [{"role": "user"}], [["user", "hi"]], {"role": "user", "content": "x"}, [1]]
+)
 def test_malformed_messages_are_a_data_error_without_their_text(tokenizer: Any, messages: Any) -> None:
     with pytest.raises(DataError) as caught:
         encoder(tokenizer, messages_column="m").examples([{"m": messages}])

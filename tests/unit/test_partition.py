@@ -55,9 +55,7 @@ def test_every_row_goes_to_exactly_one_place(kind: str, seed: int) -> None:
 @pytest.mark.parametrize("kind", ["dirichlet", "iid", "shards"])
 def test_the_seed_matters_and_reproduces(kind: str) -> None:
     rows = made_rows()
-    first, same, other = (
-        [whole(silo) for silo in deal(rows, None, config(kind, seed=seed))] for seed in (3, 3, 4)
-    )
+    first, same, other = ([whole(silo) for silo in deal(rows, None, config(kind, seed=seed))] for seed in (3, 3, 4))
     assert first == same
     assert first != other
 

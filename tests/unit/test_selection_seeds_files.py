@@ -57,8 +57,15 @@ def test_nobody_is_asked_before_joining() -> None:
 
 
 def test_streams_depend_on_every_name() -> None:
-    names = [(0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1), (0, "a1", ""), (0, "a", 11), (0, "a\x1f1")]
-    first = [seeds.stream(name[0], *name[1:]).random() for name in names[:-1]]
+    names: list[tuple[int, str, object]] = [
+        (0, "a", 1),
+        (0, "a", 2),
+        (0, "b", 1),
+        (1, "a", 1),
+        (0, "a1", ""),
+        (0, "a", 11),
+    ]
+    first = [seeds.stream(name[0], *name[1:]).random() for name in names]
     assert len(set(first)) == len(first)
     assert seeds.stream(0, "a", 1).random() == first[0]
 
@@ -95,7 +102,7 @@ def test_a_crash_before_the_rename_leaves_the_old_file(tmp_path: Path, monkeypat
     def crash(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.os, "replace", crash)
+    monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         files.write_atomic(path, "new")
     assert path.read_text() == "old"
