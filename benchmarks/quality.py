@@ -85,7 +85,7 @@ def measure(curve: Curve, prepared: dict[str, Any]) -> dict[str, Any]:
     campaign = engine.campaign(config, test.base.spec, found, "quality")
     cohort = engine.cohort(config, test, found, engine.Quiet())
     started = time.monotonic()
-    shown = {1, 2, 5, 10, 15, 20, config.rounds}
+    shown = {1, 2, 5, 10, config.rounds}
 
     def evaluate(adapter: Any, number: int) -> Any:
         return engine.evaluate(test, adapter, config, "") if number in shown else None

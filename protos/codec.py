@@ -136,7 +136,10 @@ def _tensors(
         dense_wire: WireFormat = "fp32" if wire == "int8" else wire
         tensors.update({k: v.reshape(value.shape) for k, v in _packed(name, shaped, dense_wire, rng).items()})
     scales = {module: factors.scale for module, factors in adapter.lora.items()}
-    return {k: np.asarray(v, order="C") for k, v in tensors.items()}, {"wire": wire, "scales": json.dumps(scales)}
+    return {k: np.asarray(v, order="C") for k, v in tensors.items()}, {
+        "wire": wire,
+        "scales": json.dumps(scales, sort_keys=True),
+    }
 
 
 def _packed(name: str, values: Array, wire: WireFormat, rng: np.random.Generator | None) -> dict[str, Array]:

@@ -20,13 +20,13 @@ class Budget:
         train: Module -> rank that it trains.
         download: Module -> rank that it can receive in all, trainable part included.
         scale: Module -> the runtime scale at which it trains.
-        held_version: The release that the client holds already, 0 for none.
+        held_version: The release that the client holds already, -1 for none.
     """
 
     train: Mapping[str, int]
     download: Mapping[str, int]
     scale: Mapping[str, float]
-    held_version: int = 0
+    held_version: int = -1
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def total(pairs: Iterable[Pair], shape: tuple[int, int]) -> Sum:
         shape: (m, n).
 
     Returns:
-        The sum. Its memory is at most that of the smaller form plus one pair.
+        The sum. While it is formed its memory is at most twice that of the smaller form, plus one pair.
     """
     m, n = shape
     lefts: list[Matrix] = []
@@ -108,7 +108,9 @@ def total(pairs: Iterable[Pair], shape: tuple[int, int]) -> Sum:
         return Sum(np.zeros((m, 0)), np.zeros((0, n)), dense)
     if not lefts:
         return Sum(np.zeros((m, 0)), np.zeros((0, n)))
-    return Sum(np.concatenate(lefts, axis=1), np.concatenate(rights))
+    left = np.concatenate(lefts, axis=1)
+    lefts.clear()
+    return Sum(left, np.concatenate(rights))
 
 
 def _blocks(rows: int) -> Iterator[slice]:
@@ -138,15 +140,15 @@ def compress(target: Sum, rank_cap: int | None = None) -> tuple[LoraFactors, Lay
         factors = LoraFactors((root[:, None] * vt[:keep]).astype(np.float32), (u[:, :keep] * root).astype(np.float32))
         error = _dense_distance(target.dense, factors)
     else:
-        q_left, r_left = np.linalg.qr(target.left)
-        q_right, r_right = np.linalg.qr(target.right.T)
-        core = r_left @ r_right.T
-        u, sigma, vt = np.linalg.svd(core, full_matrices=False)
+        # With left = Q_l R_l and right' = Q_r R_r, the core R_l R_r' = U S V' has the singular values of the sum, and
+        # Q_l U sqrt(S) = left R_r' V / sqrt(S): neither Q is ever formed.
+        r_left, r_right = _triangle(target.left), _triangle(target.right.T)
+        u, sigma, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
         keep = _kept(sigma, rank_cap)
         root = np.sqrt(sigma[:keep])
-        columns = (q_left @ (u[:, :keep] * root)).astype(np.float32)
-        rows = (q_right @ (vt[:keep].T * root)).astype(np.float32)
-        error = _core_distance(core, (q_left, columns), (q_right, rows))
+        columns, rounded_left = _stored(target.left, r_right.T @ (vt[:keep].T / root))
+        rows, rounded_right = _stored(target.right.T, r_left.T @ (u[:, :keep] / root))
+        error = _stored_distance(sigma[keep:], rounded_left, rounded_right)
         factors = LoraFactors(np.ascontiguousarray(rows.T), columns)
     return factors, _report(sigma, keep, error)
 
@@ -175,25 +177,38 @@ def _dense_distance(dense: Matrix, factors: LoraFactors) -> float:
     return float(np.sqrt(squared))
 
 
-def _core_distance(
-    core: Matrix, left: tuple[Matrix, NDArray[np.float32]], right: tuple[Matrix, NDArray[np.float32]]
-) -> float:
-    """Distance of stored float32 factors from Q_l core Q_r', split into parts in and out of the two bases."""
-    inside_left, outside_left = _split(*left)
-    inside_right, outside_right = _split(*right)
-    squared = float(np.square(core - inside_left @ inside_right.T).sum())
-    squared += float((outside_left * (inside_right.T @ inside_right)).sum())
-    squared += float((outside_right * (inside_left.T @ inside_left)).sum())
-    squared += float((outside_left * outside_right).sum())
+@dataclass(frozen=True, eq=False)
+class _Rounding:
+    """Gram matrices of one side's stored columns s and of what rounding took from them, e: e'e, e's and s's."""
+
+    ee: Matrix
+    es: Matrix
+    ss: Matrix
+
+
+def _stored(stack: Matrix, coefficients: Matrix) -> tuple[NDArray[np.float32], _Rounding]:
+    """`stack @ coefficients` in float32, and what that took, a block of rows at a time."""
+    keep = coefficients.shape[1]
+    stored, grams = np.empty((stack.shape[0], keep), np.float32), [np.zeros((keep, keep)) for _ in range(3)]
+    for rows in _blocks(stack.shape[0]):
+        taken = stack[rows] @ coefficients
+        stored[rows] = taken
+        kept = stored[rows].astype(np.float64)
+        taken -= kept
+        for gram, (left, right) in zip(grams, [(taken, taken), (taken, kept), (kept, kept)], strict=True):
+            gram += left.T @ right
+    return stored, _Rounding(*grams)
+
+
+def _stored_distance(dropped: Matrix, left: _Rounding, right: _Rounding) -> float:
+    """Distance of stored factors from the sum: the dropped singular values, and E (A + F)' + B F'.
+
+    B and A are stored, E and F what rounding took from them. The dropped part is orthogonal to the rest but for E F'.
+    """
+    exact_right = right.ss + right.es + right.es.T + right.ee
+    squared = float(np.square(dropped).sum()) + float((left.ee * exact_right).sum())
+    squared += float((left.ss * right.ee).sum()) + 2.0 * float((left.es * (right.es.T + right.ee)).sum())
     return float(np.sqrt(max(squared, 0.0)))
-
-
-def _split(basis: Matrix, stored: NDArray[np.float32]) -> Pair:
-    """Coordinates of the stored columns in the basis, and the Gram matrix of what lies outside it."""
-    exact = stored.astype(np.float64)
-    inside = basis.T @ exact
-    exact -= basis @ inside
-    return inside, exact.T @ exact
 
 
 def distance(stored: LoraFactors, target: Sum) -> LayerReport:
@@ -216,6 +231,12 @@ def distance(stored: LoraFactors, target: Sum) -> LayerReport:
 
 
 def _triangle(matrix: Matrix) -> Matrix:
+    """The R of a QR factorisation, of blocks of rows first, so that what is worked on stays in the cache."""
+    rows, columns = matrix.shape
+    block = max(_BLOCK_ROWS, 2 * columns)
+    if rows > 2 * block:
+        parts = [np.linalg.qr(matrix[start : start + block], mode="r") for start in range(0, rows, block)]
+        matrix = np.concatenate(parts)
     return np.asarray(np.linalg.qr(matrix, mode="r"))
 
 

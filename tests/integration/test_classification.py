@@ -131,6 +131,13 @@ def test_a_test_file_is_used_for_testing_only(bert: Path, tmp_path: Path) -> Non
     assert counted == 90
 
 
+def test_a_cut_evaluation_set_still_has_every_label(bert: Path, tmp_path: Path) -> None:
+    rows = sorted(texts.questions(180), key=lambda row: str(row["category"]))
+    train, test = texts.write_csv(tmp_path / "a.csv", rows[::2]), texts.write_csv(tmp_path / "b.csv", rows[1::2])
+    prepared = prepare(classification(bert, train, f"data.holdout={test}", "evaluate.max_examples=9"))
+    assert {example.label for held in prepared.held_out.values() for example in held} == {0, 1, 2}
+
+
 def test_put_and_take_restore_the_first_values(bert: Path) -> None:
     base = load_base(options(bert))
     put(base, Adapter({}, {name: np.full_like(value, 7.0) for name, value in base.spec.dense.items()}), None)

@@ -198,9 +198,6 @@ def test_one_adapter_has_one_encoding(wire: WireFormat) -> None:
     assert len({encode(adapter_of(0), wire, rng()) for _ in range(64)}) == 1
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="codec._tensors writes `scales` in the order of the mapping"
-)
 @formats
 def test_the_order_in_which_an_adapter_came_about_does_not_show(wire: WireFormat) -> None:
     lora = {name: adapter_of(seed).lora["layers.0.q_proj"] for seed, name in enumerate("ab")}
