@@ -109,7 +109,7 @@ def _read(path: Path, config: DataConfig) -> Iterator[Row]:
 
 
 def _read_jsonl(path: Path, _: DataConfig) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -248,7 +248,9 @@ class Encoder:
     def _tokens(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         if not texts:
             return []
-        encoded = self.tokenizer(list(texts), add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
+        encoded = self.tokenizer(
+            [_encodable(text) for text in texts], add_special_tokens=special, truncation=False, verbose=False
+        )["input_ids"]
         return [list(ids) for ids in encoded]
 
     def _end(self) -> list[int]:
@@ -297,7 +299,7 @@ class Encoder:
 
     def _labelled(self, rows: Sequence[Row]) -> list[Example]:
         index = {label: number for number, label in enumerate(self.labels)}
-        texts = [str(row[self.config.text_column]) for row in rows]
+        texts = [_encodable(str(row[self.config.text_column])) for row in rows]
         encoded = (
             self.tokenizer(texts, truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
             if texts
@@ -313,6 +315,11 @@ class Encoder:
                 )
             examples.append(Example(np.asarray(ids, np.int32), np.zeros(len(ids), bool), label))
         return examples
+
+
+def _encodable(text: str) -> str:
+    """The text with lone surrogates, which no tokenizer can encode, as question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _example(ids: Sequence[int], targets: NDArray[np.bool_]) -> Example:
@@ -339,7 +346,7 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[
         text = (
             tokenizer.apply_chat_template(list(some), tokenize=False, add_generation_prompt=generation) if some else ""
         )
-        return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return [int(token) for token in tokenizer(_encodable(text), add_special_tokens=False)["input_ids"]]
 
     ids = rendered(messages, False)
     targets = np.zeros(len(ids), bool)

@@ -7,7 +7,6 @@ Weights come from safetensors files only; no code from a model repository is run
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 import transformers
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
+from safetensors import SafetensorError
 from transformers.pytorch_utils import Conv1D
 
 from lamina.client.frozen import Frozen
@@ -32,6 +32,8 @@ from lamina.protos.spec import AdapterSpec
 
 TINY = Path(__file__).parent.parent / "simulations" / "tiny"
 _SLOT = "default"
+# What transformers and safetensors raise for files that are missing, truncated or not what they claim to be.
+_LOADING = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 _PREFIX = "base_model.model."
 
 
@@ -180,8 +182,10 @@ def load_tokenizer(source: str, revision: str = "") -> Any:
         ConfigError: If there is none.
     """
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision or "main")
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=False
+        )
+    except _LOADING as error:
         raise ConfigError(f"{source}: expected a tokenizer, got: {_first_line(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -194,6 +198,7 @@ def _load_model(source: str, options: BaseOptions, tokenizer: Any) -> tuple[Any,
         "revision": options.revision or "main",
         "dtype": torch.float32,
         "use_safetensors": True,
+        "trust_remote_code": False,
         "output_loading_info": True,
     }
     auto = transformers.AutoModelForCausalLM
@@ -207,7 +212,7 @@ def _load_model(source: str, options: BaseOptions, tokenizer: Any) -> tuple[Any,
     transformers.logging.set_verbosity_error()
     try:
         model, info = auto.from_pretrained(source, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+    except _LOADING as error:
         raise ConfigError(
             f"model.source={options.source}: expected a {options.task} model with safetensors weights, got: "
             f"{_first_line(error)} Check the directory or hub id, model.revision, and the network."

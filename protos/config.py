@@ -344,7 +344,7 @@ def checked(config: Config) -> Config:
         if (
             not (low <= value <= high)
             or (value == low and not closed)
-            or (isinstance(value, float) and math.isnan(value))
+            or not math.isfinite(value)
         ):
             bracket = "[" if closed else "("
             wrong.append(f"{key}={value}: expected a number in {bracket}{low:g}, {high:g}].")
@@ -384,6 +384,10 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             "lora.use_rslora=true: expected lora.lora_alpha, the scale is lora_alpha / sqrt(rank). Set it."
         )
+    targets = config.lora.target_modules
+    listed = [targets] if isinstance(targets, str) else list(targets) if isinstance(targets, Sequence) else [None]
+    if not listed or not all(isinstance(one, str) and one for one in listed):
+        raise ConfigError(f"lora.target_modules={targets!r}: expected all-linear, or a list of module-name suffixes.")
     if clients.quorum > clients.count:
         raise ConfigError(f"clients.quorum={clients.quorum}: expected at most clients.count={clients.count}.")
     if not isinstance(config.lora.rank_pattern, Mapping):

@@ -190,7 +190,7 @@ def run_round(
     after = campaign.strategy.step(state, updates, releases, seeds.stream(campaign.seed, "step", number))
     aggregated = time.monotonic()
     evaluation = evaluate(after.adapter, number)
-    train_losses = [u.metrics["train_loss"] for u in updates if "train_loss" in u.metrics]
+    train_losses = _claimed(updates, "train_loss")
     record = {
         "round": number,
         "clients": [u.client_id for u in updates],
@@ -207,12 +207,18 @@ def run_round(
         "seconds": time.monotonic() - started,
         "seconds_aggregate": aggregated - aggregate_started,
         "seconds_evaluate": time.monotonic() - aggregated,
-        "seconds_train": sum(u.metrics.get("seconds", 0.0) for u in updates),
+        "seconds_train": sum(_claimed(updates, "seconds")),
         "epsilon": None,
     }
     now_held = dict(held) | dict.fromkeys(collected.updates, state.round)
     weights = client_weights(updates, campaign.weighting)
     return Completed(after, record, updates, releases, weights, now_held, evaluation)
+
+
+def _claimed(updates: Sequence[Update], metric: str) -> list[float]:
+    """What clients say of themselves, without what cannot be: it is shown, never used."""
+    claims = [update.metrics[metric] for update in updates if metric in update.metrics]
+    return [claim for claim in claims if 0 <= claim < 1e9]
 
 
 def evaluation_record(evaluation: Evaluation | None) -> dict[str, Any]:

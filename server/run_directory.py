@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,14 +142,26 @@ class RunDirectory:
         self.completed(completed)
 
 
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+
 def keep_round(path: Path, completed: Completed) -> None:
     """Write one round's updates, releases and global adapter, as their receivers decoded them.
 
     Args:
         path: The run directory.
         completed: The round.
+
+    Raises:
+        ConfigError: If a client's name could not be a file's; before anything is written.
     """
     folder = path / "rounds" / f"{completed.state.round:04d}"
+    for update in completed.updates:
+        if not _FILE_NAME.fullmatch(update.client_id):
+            raise ConfigError(
+                f"client {update.client_id!r}: expected a name of letters, digits, '.', '_' and '-' that can be a file's. "
+                "Give the client another name."
+            )
     for update in completed.updates:
         weight = {"weight": repr(completed.weights[update.client_id])}
         write_atomic(folder / "updates" / f"{update.client_id}.safetensors", plain(update.adapter, weight))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,11 @@ def expanded(word: str, sweeping: bool) -> str:
     key = SHORTHANDS.get(key.lstrip("+~"), key.lstrip("+~"))
     plain = value[:1] not in ("'", '"') and not (sweeping and "," in value)
     if key in _VERBATIM and plain and value:
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        # In Hydra's grammar a backslash escapes only what stands before a quote.
+        escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
         value = f"'{escaped}'"
+    if key.startswith("lora.rank_pattern"):
+        mark = "++"  # a mapping with keys of its own
     return f"{mark}{key}{equals}{value}"
 
 
@@ -132,7 +136,7 @@ def _merged(tree: Any, base: Path) -> Any:
     try:
         return OmegaConf.merge(tree, loaded)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{base}: {str(error).strip().splitlines()[0]}") from None
+        raise ConfigError(f"{base}: {error.full_key or 'top level'}: {str(error).strip().splitlines()[0]}") from None
 
 
 def _leaves(node: Any, path: str = "") -> list[str]:

@@ -16,15 +16,6 @@ from lamina.client.model import BaseOptions, load_base
 from lamina.protos.errors import ConfigError
 
 MARKER = "LAMINA_ATTACK_MARKER"
-UNREADABLE = pytest.mark.xfail(
-    strict=True, reason="load_base lets safetensors' own error through: a traceback, exit code 1"
-)
-ASKS = pytest.mark.xfail(
-    strict=True, reason="trust_remote_code is left open: transformers asks, and runs the directory's code on a `y`"
-)
-NO_MAPPING = pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="a config.json that is no object ends in a TypeError"
-)
 
 
 class Bomb:
@@ -62,7 +53,6 @@ def test_a_pickle_beside_safetensors_is_left_alone(copy: Path, tmp_path: Path) -
     assert not (tmp_path / MARKER).exists()
 
 
-@UNREADABLE
 def test_a_pickle_under_the_name_of_safetensors_is_refused(copy: Path, tmp_path: Path) -> None:
     (copy / "model.safetensors").write_bytes(pickle.dumps(Bomb(tmp_path / MARKER)))
     with pytest.raises(ConfigError):
@@ -70,7 +60,6 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(copy: Path, tmp_path:
     assert not (tmp_path / MARKER).exists()
 
 
-@UNREADABLE
 @pytest.mark.parametrize("kept", [0.001, 0.5, 0.999])
 def test_truncated_weights_are_a_config_error(copy: Path, kept: float) -> None:
     weights = (copy / "model.safetensors").read_bytes()
@@ -105,9 +94,9 @@ def with_code(folder: Path, marker: Path, model_type: str, where: str) -> None:
     ("model_type", "where"),
     [
         ("llama", "config"),
-        pytest.param("llama", "tokenizer", marks=ASKS),
-        pytest.param("evil", "config", marks=ASKS),
-        pytest.param("evil", "tokenizer", marks=ASKS),
+        ("llama", "tokenizer"),
+        ("evil", "config"),
+        ("evil", "tokenizer"),
     ],
 )
 @pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
@@ -130,8 +119,8 @@ def test_custom_code_never_runs_whatever_is_answered(
         ("config.json", "{"),
         ("config.json", "{}"),
         ("tokenizer.json", "{"),
-        pytest.param("config.json", "[]", marks=NO_MAPPING),
-        pytest.param("config.json", "null", marks=NO_MAPPING),
+        ("config.json", "[]"),
+        ("config.json", "null"),
     ],
 )
 def test_malformed_model_files_are_config_errors(copy: Path, name: str, content: str) -> None:

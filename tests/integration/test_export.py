@@ -90,6 +90,9 @@ def test_engine_peft_and_merged_models_agree(config: Config, tmp_path: Path) -> 
     path, tuned, base = written(config, prepared)
     assert not close(tuned, base, 1e-2)
     assert close(peft_logits(plain(config), path / "adapter"), tuned)
+    # peft would find this out by itself, with a warning: the file must say it.
+    transposed = json.loads((path / "adapter" / "adapter_config.json").read_text())["fan_in_fan_out"]
+    assert transposed == (type(plain(config)).__name__ == "GPT2LMHeadModel")
 
     negotiated = export_adapter(path, tmp_path / "export")
     assert close(peft_logits(plain(config), tmp_path / "export"), tuned)

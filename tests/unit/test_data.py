@@ -79,7 +79,6 @@ def test_a_byte_order_mark_and_blank_lines_are_no_fault(tmp_path: Path) -> None:
     assert len(load_rows(str(tmp_path / "a.jsonl"), DataConfig())) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="jsonl is read as utf-8, so a byte order mark makes its first line malformed")
 def test_a_jsonl_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n', encoding="utf-8-sig")
     assert load_rows(str(tmp_path / "a.jsonl"), DataConfig()) == [{"text": "x"}]
@@ -276,7 +275,6 @@ def test_an_unknown_label_names_the_row_but_not_the_label(tokenizer: Any) -> Non
     assert texts.SECRET not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="a lone surrogate in a row ends in the tokenizer's TypeError", raises=TypeError)
 def test_text_that_is_no_valid_unicode_is_a_data_error_or_encoded(tmp_path: Path, tokenizer: Any) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"text": "lone \ud800 surrogate"}) + "\n")
