@@ -341,11 +341,7 @@ def checked(config: Config) -> Config:
         value = value_of(config, key)
         if value is None:
             continue
-        if (
-            not (low <= value <= high)
-            or (value == low and not closed)
-            or not math.isfinite(value)
-        ):
+        if not (low <= value <= high) or (value == low and not closed) or not math.isfinite(value):
             bracket = "[" if closed else "("
             wrong.append(f"{key}={value}: expected a number in {bracket}{low:g}, {high:g}].")
     for name in config.baselines:
