@@ -37,6 +37,7 @@ METHODS: dict[str, tuple[str, list[int]]] = {
 }
 RATES = (3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1, 2)
+CONTEXT = ("fedavg_r2", "fedavg_r8")
 # The quick form: the two clients of each end and the middle, one seed, the rate that the full run chose for most methods.
 QUICK_CLIENTS = (0, 2, 4, 6, 8)
 QUICK_RATE = 1e-2
@@ -76,6 +77,8 @@ def configured(curve: Curve) -> Any:
 
 def measure(curve: Curve, prepared: dict[str, Any]) -> dict[str, Any]:
     """Run one curve: test loss at chosen rounds with the bytes so far, tune loss at the end."""
+    from lamina.protos.adapter import Adapter
+    from lamina.protos.errors import TrainingError
     from lamina.server.rounds import run
     from lamina.simulations import engine
 
@@ -87,8 +90,15 @@ def measure(curve: Curve, prepared: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     shown = {1, 2, 5, 10, config.rounds}
 
+    base = engine.evaluate(test, Adapter(), config, "").loss
+
     def evaluate(adapter: Any, number: int) -> Any:
-        return engine.evaluate(test, adapter, config, "") if number in shown else None
+        if number not in shown:
+            return None
+        figures = engine.evaluate(test, adapter, config, "")
+        if number >= 5 and figures.loss > 1.2 * base:
+            raise TrainingError(f"round {number}: {figures.loss:.2f} where the base has {base:.2f}; given up")
+        return figures
 
     store = Memory()
     state = run(campaign, cohort.channel(), store, evaluate)
@@ -176,7 +186,7 @@ def chosen_rate(regime: str, method: str) -> float:
     return min((rate for rate in RATES if tuned[rate] is not None), key=lambda rate: tuned[rate])
 
 
-def collect(quick: bool, workers: int) -> dict[str, dict[str, Any]]:
+def collect(quick: bool, workers: int, context_seeds: int) -> dict[str, dict[str, Any]]:
     """All results: regime -> method -> figures."""
     pairs = list(itertools.product(REGIMES, METHODS))
     if quick:
@@ -184,7 +194,8 @@ def collect(quick: bool, workers: int) -> dict[str, dict[str, Any]]:
         all_of([curve for some in curves.values() for curve in some], workers)
     else:
         all_of([Curve(*pair, rate, 0) for rate in RATES for pair in pairs], workers)
-        curves = {pair: [Curve(*pair, chosen_rate(*pair), seed) for seed in SEEDS] for pair in pairs}
+        seeds = {method: SEEDS[:context_seeds] if method in CONTEXT else SEEDS for method in METHODS}
+        curves = {pair: [Curve(*pair, chosen_rate(*pair), seed) for seed in seeds[pair[1]]] for pair in pairs}
         all_of(
             [curve for seed in range(len(SEEDS)) for some in curves.values() for curve in some[seed : seed + 1]],
             workers,
@@ -196,7 +207,8 @@ def collect(quick: bool, workers: int) -> dict[str, dict[str, Any]]:
         first = [result["curve"][0]["loss"] for result in results]
         losses[regime][method] = {
             "mean": statistics.mean(tests),
-            "std": statistics.stdev(tests) if len(tests) > 1 else 0.0,
+            "std": statistics.stdev(tests) if len(tests) > 1 else None,
+            "seeds": len(tests),
             "bytes_down": results[0]["bytes_down"],
             "bytes_up": results[0]["bytes_up"],
             "learning_rate": some[0].rate,
@@ -232,6 +244,11 @@ def findings(losses: dict[str, dict[str, Any]]) -> dict[str, bool]:
     return found
 
 
+def spread(figures: dict[str, Any]) -> str:
+    """Standard deviation over seeds, or that there is one seed."""
+    return "one seed" if figures["std"] is None else f"{figures['std']:.4f}"
+
+
 def report(losses: dict[str, dict[str, Any]], found: dict[str, bool], command: str, quick: bool) -> None:
     """Print the tables; the full run also writes RESULTS.md and the plot."""
     lines = []
@@ -243,7 +260,7 @@ def report(losses: dict[str, dict[str, Any]], found: dict[str, bool], command: s
         lines += ["|---|---|---|---|---|---|---|---|"]
         for method, f in sorted(some.items(), key=lambda item: item[1]["mean"]):
             lines.append(
-                f"| {method} | {f['mean']:.4f} | {f['std']:.4f} | {f['learning_rate']:g} | {f['after_round_1']:.4f} | "
+                f"| {method} | {f['mean']:.4f} | {spread(f)} | {f['learning_rate']:g} | {f['after_round_1']:.4f} | "
                 f"{f['bytes_down'] / 1e6:.1f} | {f['bytes_up'] / 1e6:.1f} | {f['relative_error']:.1e} |"
             )
         lines.append("")
@@ -288,6 +305,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, one rate, five clients; under three minutes")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--context-seeds", type=int, default=3, help="seeds of the fedavg rows, which are context only")
     parser.add_argument("--work", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -298,9 +316,11 @@ def main() -> None:
             ]
         )
         return
-    losses = collect(options.quick, options.workers)
+    losses = collect(options.quick, options.workers, options.context_seeds)
     found = findings(losses)
     command = "python benchmarks/quality.py" + (" --quick" if options.quick else "")
+    if not options.quick and options.context_seeds != len(SEEDS):
+        command += f" --context-seeds {options.context_seeds}"
     report(losses, found, command, options.quick)
     slim = {r: {m: {k: v for k, v in f.items() if k != "curve"} for m, f in some.items()} for r, some in losses.items()}
     print(json.dumps({"benchmark": "quality", "quick": options.quick, "losses": slim, "findings": found}))
