@@ -207,7 +207,7 @@ def collect(quick: bool, workers: int, context_seeds: int) -> dict[str, dict[str
         first = [result["curve"][0]["loss"] for result in results]
         losses[regime][method] = {
             "mean": statistics.mean(tests),
-            "std": statistics.stdev(tests) if len(tests) > 1 else None,
+            "std": statistics.stdev(tests) if len(tests) > 1 else 0.0,
             "seeds": len(tests),
             "bytes_down": results[0]["bytes_down"],
             "bytes_up": results[0]["bytes_up"],
@@ -246,7 +246,7 @@ def findings(losses: dict[str, dict[str, Any]]) -> dict[str, bool]:
 
 def spread(figures: dict[str, Any]) -> str:
     """Standard deviation over seeds, or that there is one seed."""
-    return "one seed" if figures["std"] is None else f"{figures['std']:.4f}"
+    return "one seed" if figures["seeds"] == 1 else f"{figures['std']:.4f}"
 
 
 def report(losses: dict[str, dict[str, Any]], found: dict[str, bool], command: str, quick: bool) -> None:
