@@ -87,7 +87,9 @@ def main(command: str, words: Sequence[str]) -> int:
     if len(finished) > 1:
         pages = [finished[0].path.parent / "report.html"]
         write_report([one.path for one in finished], pages[0])
-    console.print(f"adapter: {finished[-1].path / 'adapter'}\nreport:  {pages[0]}", highlight=False, markup=False)
+    best = min(finished, key=lambda one: one.summary["eval"]["final_loss"])
+    which = "adapter with the lowest loss" if len(finished) > 1 else "adapter"
+    console.print(f"{which}: {best.path / 'adapter'}\nreport: {pages[0]}", highlight=False, markup=False)
     if as_json:
         print(json.dumps([{"path": str(one.path), **one.summary} for one in finished], indent=1))
     return 0
