@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lamina.client.data import Example
-from lamina.client.model import Base, put, trainable_parameters, training_mode
+from lamina.client.model import Base, trainable_parameters, training_mode
 from lamina.protos import seeds
 from lamina.protos.adapter import Adapter, LoraFactors
 from lamina.protos.config import TrainConfig
@@ -327,13 +327,3 @@ def completed(
             rows, columns = np.concatenate([got.A, rows]), np.concatenate([got.B, columns], axis=1)
         lora[module] = LoraFactors(rows, columns, scales[module])
     return Adapter(lora, release.dense)
-
-
-def fresh_start(base: Base, adapter: Adapter) -> None:
-    """Put an adapter in the slots with nothing frozen beside it, ready to train.
-
-    Args:
-        base: The base.
-        adapter: What to train.
-    """
-    put(base, adapter, None)

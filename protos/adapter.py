@@ -161,15 +161,3 @@ def is_finite(adapter: Adapter) -> bool:
     """
     lora = all(bool(np.isfinite(f.A).all() and np.isfinite(f.B).all()) for f in adapter.lora.values())
     return lora and all(bool(np.isfinite(value).all()) for value in adapter.dense.values())
-
-
-def num_parameters(adapter: Adapter) -> int:
-    """How many numbers the adapter holds.
-
-    Args:
-        adapter: Any adapter.
-
-    Returns:
-        The sum of all array sizes.
-    """
-    return sum(f.A.size + f.B.size for f in adapter.lora.values()) + sum(v.size for v in adapter.dense.values())
