@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lamina.server.rounds import Store
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
@@ -79,29 +81,31 @@ def measure(curve: Curve, prepared: dict[str, Any]) -> dict[str, Any]:
     """Run one curve: test loss at chosen rounds with the bytes so far, tune loss at the end."""
     from lamina.protos.adapter import Adapter
     from lamina.protos.errors import TrainingError
-    from lamina.server.rounds import run
+    from lamina.server import campaign as campaigns
+    from lamina.server.rounds import Loop, run
     from lamina.simulations import engine
 
     config = configured(curve)
     test = replace(prepared["test"], train=dict(prepared["test"].train))
-    found = engine.budgets(config, test.base.spec)
-    campaign = engine.campaign(config, test.base.spec, found, "quality")
+    found = campaigns.budgets(config, test.base.spec)
+    campaign = campaigns.campaign(config, test.base.spec, found, "quality")
     cohort = engine.cohort(config, test, found, engine.Quiet())
     started = time.monotonic()
     shown = {1, 2, 5, 10, config.rounds}
 
     base = engine.evaluate(test, Adapter(), config, "").loss
 
-    def evaluate(adapter: Any, number: int) -> Any:
+    def evaluate(state: Any, held: Any) -> Any:
+        number = state.round
         if number not in shown:
             return None
-        figures = engine.evaluate(test, adapter, config, "")
+        figures = engine.evaluate(test, state.adapter, config, "")
         if number >= 5 and figures.loss > 1.2 * base:
             raise TrainingError(f"round {number}: {figures.loss:.2f} where the base has {base:.2f}; given up")
         return figures
 
     store = Memory()
-    state = run(campaign, cohort.channel(), store, evaluate)
+    state = run(Loop(campaign, cohort.channel(), evaluate, store))
     tuned = engine.evaluate(replace(test, held_out=prepared["tune"].held_out), state.adapter, config, "")
     down = list(itertools.accumulate(r["bytes_down"] for r in store.records))
     up = list(itertools.accumulate(r["bytes_up"] for r in store.records))
@@ -121,13 +125,13 @@ def measure(curve: Curve, prepared: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class Memory:
+class Memory(Store):
     """A store that only remembers the records."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
 
-    def save(self, completed: Any) -> None:
+    def announce(self, completed: Any) -> None:
         self.records.append(dict(completed.record))
 
 

@@ -30,17 +30,17 @@ class Frozen:
     digest: str
 
 
-def digest_of(payload: bytes, before: Frozen | None) -> str:
-    """A name for `before` plus what a payload encodes.
+def digest_of(part_hash: str, before: Frozen | None) -> str:
+    """A name for `before` plus what an encoded part adds.
 
     Args:
-        payload: The encoded part that is added.
+        part_hash: SHA-256 of the encoded part.
         before: What is there, or None.
 
     Returns:
         Hex.
     """
-    return sha256((before.digest if before else "").encode() + payload)
+    return sha256(f"{before.digest if before else ''}|{part_hash}".encode())
 
 
 def added(before: Frozen | None, adapter: Adapter, digest: str = "") -> Frozen:

@@ -18,6 +18,7 @@ from lamina.client.model import Base, put, take
 from lamina.client.train import Task, completed, train
 from lamina.protos import seeds
 from lamina.protos.adapter import is_finite
+from lamina.protos.blobs import blob
 from lamina.protos.codec import WireFormat, decode, encode_update
 from lamina.protos.config import TrainConfig
 from lamina.protos.errors import AdapterMismatch, TrainingError
@@ -94,7 +95,7 @@ def respond(
         TrainingError: If training is not finite.
     """
     where = f"client {site.client_id}, round {instruction.round}, release"
-    release = decode(instruction.release)
+    release = decode(instruction.release.read())
     base.spec.check(release, where)
     beside = _frozen(state, instruction, base, shared, where)
     task = Task(site.client_id, instruction.round, site.rounds, site.seed, site.train)
@@ -119,7 +120,7 @@ def respond(
         frozen=beside if instruction.keep_frozen else None,
         optimizer=optimizer if site.train.keep_optimizer else {},
     )
-    return Reply(site.client_id, payload), after
+    return Reply(site.client_id, blob(payload)), after
 
 
 def _frozen(state: ClientState, instruction: Instruction, base: Base, shared: Shared, where: str) -> Frozen | None:
@@ -133,9 +134,9 @@ def _frozen(state: ClientState, instruction: Instruction, base: Base, shared: Sh
                 "Ask for the whole frozen part."
             )
         before = state.frozen
-    digest = frozen_part.digest_of(instruction.frozen, before)
+    digest = frozen_part.digest_of(instruction.frozen.sha256, before)
     if digest not in shared:
-        part = decode(instruction.frozen)
+        part = decode(instruction.frozen.read())
         base.spec.check(part, where)
         shared[digest] = frozen_part.added(before, part, digest)
     return shared[digest]

@@ -9,16 +9,18 @@ Dense parameters travel in float32 under int8. Values are not trusted: finitenes
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import safetensors
 from safetensors.numpy import save
 
 from lamina.protos.adapter import Adapter, Array, LoraFactors
+from lamina.protos.blobs import Blob
 from lamina.protos.errors import AdapterMismatch, UpdateRejected
+from lamina.protos.layout import LayoutError, Tensor, parse
 from lamina.protos.messages import Update
 
 WireFormat = Literal["fp32", "bf16", "fp16", "int8"]
@@ -26,7 +28,6 @@ WIRE_FORMATS: tuple[WireFormat, ...] = ("fp32", "bf16", "fp16", "int8")
 BYTES_PER_NUMBER: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
 MAX_MESSAGE_BYTES = 16 * 1024**3
-MAX_HEADER_BYTES = 32 * 1024**2
 _DTYPES: Mapping[str, tuple[str, Any]] = {
     "fp32": ("F32", np.float32),
     "bf16": ("U16", np.uint16),
@@ -161,29 +162,17 @@ def _packed(name: str, values: Array, wire: WireFormat, rng: np.random.Generator
 
 @dataclass(frozen=True)
 class _Parsed:
-    tensors: dict[str, Array]
-    metadata: dict[str, str]
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
 
 
-def _parse(payload: bytes, max_bytes: int) -> _Parsed:
-    if len(payload) > max_bytes:
-        raise UpdateRejected("too-large", f"expected at most {max_bytes} bytes, got {len(payload)}. Lower the rank.")
-    if len(payload) < 8 or int.from_bytes(payload[:8], "little") > min(MAX_HEADER_BYTES, len(payload)):
-        raise UpdateRejected("malformed", f"expected a safetensors header, got {len(payload)} bytes. Send it again.")
+def _parse(payload: bytes | Path, num_bytes: int, max_bytes: int) -> _Parsed:
+    if num_bytes > max_bytes:
+        raise UpdateRejected("too-large", f"expected at most {max_bytes} bytes, got {num_bytes}. Lower the rank.")
     try:
-        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-        parts = safetensors.deserialize(payload)  # type: ignore[no-untyped-call]
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise UpdateRejected(
-            "malformed", f"expected a safetensors file, got one that does not parse: {error}"
-        ) from None
-    metadata = header.get("__metadata__") or {}
-    known = dict(_DTYPES.values())
-    tensors = {}
-    for name, part in parts:
-        if part["dtype"] not in known:
-            raise UpdateRejected("malformed", f"{name}: expected one of {sorted(known)}, got {part['dtype']}.")
-        tensors[name] = np.frombuffer(part["data"], dtype=known[part["dtype"]]).reshape(part["shape"])
+        metadata, tensors = parse(payload, num_bytes, dict(_DTYPES.values()))
+    except LayoutError as error:
+        raise UpdateRejected("malformed", f"expected a safetensors file, {error}. Send it again.") from None
     return _Parsed(tensors, metadata)
 
 
@@ -200,11 +189,63 @@ def decode(payload: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> Adapter:
     Raises:
         UpdateRejected: For any payload that `encode` could not have made.
     """
-    parsed = _parse(payload, max_bytes)
-    return _adapter(parsed)
+    return loaded(_adapter(_parse(payload, len(payload), max_bytes)))
+
+
+def opened(blob: Blob, max_bytes: int = MAX_MESSAGE_BYTES) -> Adapter:
+    """A blob to an adapter of float32 arrays; from a file, a module is read when it is asked for.
+
+    Args:
+        blob: What `encode` made, or anything else.
+        max_bytes: Refuse larger blobs before anything is parsed.
+
+    Returns:
+        The adapter. From a file its mappings hold no arrays, so that many adapters take the memory of one layer.
+
+    Raises:
+        UpdateRejected: For any content that `encode` could not have made.
+    """
+    if isinstance(blob.content, bytes):
+        return decode(blob.content, max_bytes)
+    return _adapter(_parse(blob.content, blob.num_bytes, max_bytes))
+
+
+def loaded(adapter: Adapter) -> Adapter:
+    """The same adapter with every array in memory.
+
+    Args:
+        adapter: Perhaps a lazy one.
+
+    Returns:
+        Plain dictionaries of arrays.
+    """
+    return Adapter(dict(adapter.lora.items()), dict(adapter.dense.items()))
+
+
+@dataclass(frozen=True)
+class _Lazy(Mapping[str, Any]):
+    """Names to what `read` makes of each, made anew at every look."""
+
+    names: tuple[str, ...]
+    read: Callable[[str], Any]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _adapter(parsed: _Parsed) -> Adapter:
+    """Check names, number formats and shapes, all from the header; arrays are read later."""
     try:
         scales = json.loads(parsed.metadata.get("scales", "{}"))
         wire = parsed.metadata["wire"]
@@ -215,40 +256,58 @@ def _adapter(parsed: _Parsed) -> Adapter:
         ) from None
     if not isinstance(scales, dict) or not all(_is_number(value) for value in scales.values()):
         raise UpdateRejected("malformed", "expected `scales` to map modules to positive numbers.")
-    row_scales = {name + _ROW_SCALE for name in parsed.tensors if name.endswith((_A, _B))} if wire == "int8" else set()
-    values = {name: _unpacked(name, parsed.tensors, wire, code) for name in parsed.tensors if name not in row_scales}
-    a_side = {name[: -len(_A)] for name in values if name.endswith(_A)}
-    b_side = {name[: -len(_B)] for name in values if name.endswith(_B)}
+    tensors = parsed.tensors
+    row_scales = {name + _ROW_SCALE for name in tensors if name.endswith((_A, _B))} if wire == "int8" else set()
+    names = [name for name in tensors if name not in row_scales]
+    for name in names:
+        _check_format(name, tensors, wire, code)
+    a_side = {name[: -len(_A)] for name in names if name.endswith(_A)}
+    b_side = {name[: -len(_B)] for name in names if name.endswith(_B)}
     if a_side != b_side or a_side != set(scales):
         odd = sorted((a_side ^ b_side) | (a_side ^ set(scales)))[:3]
         raise UpdateRejected(
             "schema", f"expected lora_A, lora_B and a scale for each module, one is missing for {odd}."
         )
-    try:
-        lora = {m: LoraFactors(values[m + _A], values[m + _B], float(scales[m])) for m in sorted(a_side)}
-    except AdapterMismatch as error:
-        raise UpdateRejected("schema", str(error)) from None
-    dense = {name: value for name, value in values.items() if not name.endswith((_A, _B))}
-    return Adapter(lora, dense)
+    for module in a_side:
+        a, b = tensors[module + _A].shape, tensors[module + _B].shape
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise UpdateRejected("schema", f"expected lora_A (r, d_in) and lora_B (d_out, r), got {a} and {b}.")
+
+    def values(name: str) -> Array:
+        return _unpacked(name, tensors, wire)
+
+    def factors(module: str) -> LoraFactors:
+        return LoraFactors(values(module + _A), values(module + _B), float(scales[module]))
+
+    dense = tuple(name for name in names if not name.endswith((_A, _B)))
+    return Adapter(_Lazy(tuple(sorted(a_side)), factors), _Lazy(dense, values))
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12
 
 
-def _unpacked(name: str, tensors: Mapping[str, Array], wire: str, code: Any) -> Array:
-    values, factor = tensors[name], name.endswith((_A, _B))
+def _check_format(name: str, tensors: Mapping[str, Tensor], wire: str, code: Any) -> None:
+    tensor, factor = tensors[name], name.endswith((_A, _B))
     expected = code if factor or wire != "int8" else np.float32
-    if values.dtype != expected:
-        raise UpdateRejected("malformed", f"{name}: expected {wire} numbers, got {values.dtype}.")
-    if wire == "bf16":
-        return from_bf16(values)
+    if tensor.dtype != expected:
+        raise UpdateRejected("malformed", f"{name}: expected {wire} numbers, got {tensor.dtype}.")
     if wire != "int8" or not factor:
-        return values.astype(np.float32)
+        return
     scales = tensors.get(name + _ROW_SCALE)
-    rows = values.shape[0] if name.endswith(_A) and values.ndim == 2 else values.shape[-1] if values.ndim == 2 else -1
+    shape = tensor.shape
+    rows = shape[0] if name.endswith(_A) and len(shape) == 2 else shape[-1] if len(shape) == 2 else -1
     if scales is None or scales.dtype != np.float32 or scales.shape != (rows,):
         raise UpdateRejected("malformed", f"{name}: expected {rows} float32 row scales.")
+
+
+def _unpacked(name: str, tensors: Mapping[str, Tensor], wire: str) -> Array:
+    values = tensors[name].read()
+    if wire == "bf16":
+        return from_bf16(values)
+    if wire != "int8" or not name.endswith((_A, _B)):
+        return values.astype(np.float32)
+    scales = tensors[name + _ROW_SCALE].read()
     with np.errstate(over="ignore", invalid="ignore"):  # hostile scales: finiteness is admission's to check
         return values.astype(np.float32) * (scales[:, None] if name.endswith(_A) else scales[None, :])
 
@@ -294,7 +353,28 @@ def decode_update(payload: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> Update:
     Raises:
         UpdateRejected: For any payload that `encode_update` could not have made.
     """
-    parsed = _parse(payload, max_bytes)
+    return _update(_parse(payload, len(payload), max_bytes), loaded)
+
+
+def opened_update(blob: Blob, max_bytes: int = MAX_MESSAGE_BYTES) -> Update:
+    """A blob to an update; from a file, a module's factors are read when they are asked for.
+
+    Args:
+        blob: Untrusted content.
+        max_bytes: Refuse larger blobs before anything is parsed.
+
+    Returns:
+        The update. Its claims are unchecked: that is admission's part.
+
+    Raises:
+        UpdateRejected: For any content that `encode_update` could not have made.
+    """
+    if isinstance(blob.content, bytes):
+        return decode_update(blob.content, max_bytes)
+    return _update(_parse(blob.content, blob.num_bytes, max_bytes), lambda lazy: lazy)
+
+
+def _update(parsed: _Parsed, held: Callable[[Adapter], Adapter]) -> Update:
     try:
         fields = json.loads(parsed.metadata["update"])
         update = Update(
@@ -308,7 +388,7 @@ def decode_update(payload: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> Update:
             if fields["privacy"] is None
             else {_typed(k, str): float(_typed(v, (int, float))) for k, v in fields["privacy"].items()},
             signature=bytes.fromhex(_typed(fields["signature"], str)),
-            adapter=_adapter(parsed),
+            adapter=held(_adapter(parsed)),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         raise UpdateRejected("malformed", "expected the fields of an update in the metadata. Send it again.") from None

@@ -27,6 +27,19 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     os.replace(partial, path)
 
 
+def append_durably(path: Path, text: str) -> None:
+    """Append to a file and return when it is on disk; a crash may leave the start of `text`.
+
+    Args:
+        path: The file.
+        text: Whole lines.
+    """
+    with path.open("ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     """Write JSON with one-space indentation; NaN and infinities are refused.
 

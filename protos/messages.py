@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lamina.protos.adapter import EMPTY, Adapter
+from lamina.protos.blobs import Blob
 from lamina.protos.files import sha256
 
 Trainable = Literal["AB", "A", "B", "core"]
+Kind = Literal["train", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Instruction:
 
     Attributes:
         run_id: The run.
-        round: From 1.
+        round: From 1; for an evaluation the round whose aggregate is measured, 0 for the base.
         client_id: The client asked.
         release: Encoded trainable part.
         frozen: Encoded frozen part, or None.
@@ -108,34 +110,43 @@ class Instruction:
         frozen_since: See `Release`.
         keep_frozen: See `Release`.
         train: See `Release`.
+        kind: To train from the release and send an update, or to measure it on held-out text and report.
     """
 
     run_id: str
     round: int
     client_id: str
-    release: bytes
-    frozen: bytes | None
+    release: Blob
+    frozen: Blob | None
     version: int
     frozen_since: int | None = None
     keep_frozen: bool = False
     train: Trainable = "AB"
+    kind: Kind = "train"
 
     @property
     def release_hash(self) -> str:
-        """What the update names as its parent: SHA-256 (hex) over the encoded release."""
-        return sha256(self.release + b"|" + (self.frozen or b""))
+        """What the update names as its parent: SHA-256 (hex) over the hashes of the release's parts."""
+        return sha256(f"{self.release.sha256}|{self.frozen.sha256 if self.frozen else ''}".encode())
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the release, both parts."""
+        return self.release.num_bytes + (self.frozen.num_bytes if self.frozen else 0)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back from one client: an encoded update, or the code of what went wrong at the client.
+    """What came back from one client: an encoded update, figures, or the code of what went wrong at the client.
 
     Attributes:
         client_id: Who replies.
         update: Encoded update, or None.
-        failure: A scrubbed code and sentence where there is no update.
+        failure: A scrubbed code and sentence where there is neither update nor figures.
+        figures: Of an evaluation: `nats`, `targets`, `hits`.
     """
 
     client_id: str
-    update: bytes | None
+    update: Blob | None
     failure: str = ""
+    figures: Mapping[str, float] | None = None

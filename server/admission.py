@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lamina.protos.adapter import Adapter, is_finite
-from lamina.protos.codec import decode_update
+from lamina.protos.blobs import Blob
+from lamina.protos.codec import opened_update
 from lamina.protos.errors import AdapterMismatch, UpdateRejected
 from lamina.protos.messages import Budget, Update
 from lamina.protos.spec import AdapterSpec
@@ -63,11 +64,11 @@ def size_cap_bytes(spec: AdapterSpec, budget: Budget) -> int:
     return 4 * numbers + HEADER_BYTES + BYTES_PER_MODULE * (len(spec.modules) + len(spec.dense))
 
 
-def admit(payload: bytes, expected: Expected, seen: Container[str]) -> Update:
-    """Decode and check one update; nothing is changed by a refusal.
+def admit(payload: Blob, expected: Expected, seen: Container[str]) -> Update:
+    """Decode and check one update, layer by layer; nothing is changed by a refusal.
 
     Args:
-        payload: Untrusted bytes.
+        payload: Untrusted content, in memory or in a file.
         expected: What it must agree with.
         seen: Ids of the clients whose update of this round is accepted already.
 
@@ -78,7 +79,7 @@ def admit(payload: bytes, expected: Expected, seen: Container[str]) -> Update:
         UpdateRejected: With the reason's code.
     """
     where = f"client {expected.client_id}, round {expected.round}"
-    update = decode_update(payload, size_cap_bytes(expected.spec, expected.budget))
+    update = opened_update(payload, size_cap_bytes(expected.spec, expected.budget))
     claims = [
         ("wrong-run", update.run_id, expected.run_id),
         ("wrong-round", update.round, expected.round),

@@ -1,7 +1,8 @@
-"""The round loop: release, offer, admit, step, evaluate, checkpoint, announce. Plain values; the channel does the I/O.
+"""The round loop: open, offer, admit, step, make durable, evaluate, announce. Plain values; channel and store do the I/O.
 
-Follow one update here: it starts from `_release`, comes back in `_collect` as bytes, is admitted or counted as a rejection,
-and enters the next global adapter in `Strategy.step`. The checkpoint is on disk before anything of a round is announced.
+Follow one update here: it starts from `_release`, comes back in `_collect` as a blob, is admitted or counted as a rejection,
+and enters the next global adapter in `Strategy.step`. Each of these is in the store before anyone is told of it, so that a
+loop that is started again goes on where the last one was killed.
 """
 
 from __future__ import annotations
@@ -10,55 +11,19 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from lamina.protos import seeds
-from lamina.protos.adapter import EMPTY, Adapter
-from lamina.protos.codec import WireFormat, decode, encode
+from lamina.protos.blobs import Blob, blob
 from lamina.protos.errors import QuorumNotReached, UpdateRejected
-from lamina.protos.messages import Budget, Instruction, Rejection, Release, Update
-from lamina.protos.spec import AdapterSpec
+from lamina.protos.messages import Budget, Rejection, Release, Reply, Update
 from lamina.server import admission, selection
+from lamina.server.campaign import Campaign
 from lamina.server.channel import Channel
-from lamina.strategies.base import ServerState, Strategy, client_weights
-from lamina.strategies.factors import pair
-
-
-@dataclass(frozen=True)
-class Campaign:
-    """What is fixed over a run.
-
-    Attributes:
-        run_id: Its name.
-        spec: The negotiated schema.
-        strategy: The aggregation method.
-        budgets: Client id -> what it can hold.
-        joined: Client id -> first round.
-        rounds: How many.
-        fraction: Share of clients asked a round.
-        quorum: Fewest accepted updates.
-        wire: Number format of releases.
-        weighting: See `strategies.base.client_weights`.
-        seed: Of selection and rounding.
-        deadline_s: Longest wait for a round's replies, or None.
-        max_norm: See `admission.Expected`.
-    """
-
-    run_id: str
-    spec: AdapterSpec
-    strategy: Strategy
-    budgets: Mapping[str, Budget]
-    joined: Mapping[str, int]
-    rounds: int
-    fraction: float = 1.0
-    quorum: int = 1
-    wire: WireFormat = "fp32"
-    weighting: Any = "num_examples"
-    seed: int = 0
-    deadline_s: float | None = None
-    max_norm: float | None = None
+from lamina.server.releases import Sent, released
+from lamina.strategies.base import ServerState, client_weights
 
 
 @dataclass(frozen=True)
@@ -77,6 +42,36 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """A round that has begun.
+
+    Attributes:
+        round: From 1.
+        sent: Client id -> what it was sent, stragglers of earlier rounds included.
+        wanted: Accepted updates at which the round is full.
+    """
+
+    round: int
+    sent: Mapping[str, Sent]
+    wanted: int
+
+
+@dataclass
+class Collected:
+    """What has come of a round so far.
+
+    Attributes:
+        updates: Client id -> admitted update.
+        rejections: What was refused, and what clients reported as failed.
+        num_bytes: Of all that arrived.
+    """
+
+    updates: dict[str, Update] = field(default_factory=dict)
+    rejections: list[Rejection] = field(default_factory=list)
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Completed:
     """One finished round, for the store and for whoever watches.
 
@@ -88,6 +83,7 @@ class Completed:
         weights: Client id -> p_k.
         held: Client id -> version that it holds now.
         evaluation: Of the new global adapter, where this round is evaluated.
+        announced: Whether its record is written; a loop that was killed before that evaluates again.
     """
 
     state: ServerState
@@ -96,123 +92,168 @@ class Completed:
     releases: Mapping[str, Release]
     weights: Mapping[str, float]
     held: Mapping[str, int]
-    evaluation: Evaluation | None
+    evaluation: Evaluation | None = None
+    announced: bool = True
 
 
-class Store(Protocol):
-    """Where a completed round becomes durable."""
+class Store:
+    """Where a round becomes durable. This one forgets all: a round that is interrupted is begun again."""
+
+    def keep(self, content: bytes) -> Blob:
+        """Keep an encoded release for as long as a client may ask for it."""
+        return blob(content)
+
+    def opened(self, round_number: int) -> Opened | None:
+        """A round that was opened before, with the releases that went out."""
+        return None
+
+    def stragglers(self, round_number: int) -> Mapping[str, Sent]:
+        """Clients that were asked in a round and have not answered."""
+        return {}
+
+    def open(self, opened: Opened) -> None:
+        """Return only when a restarted loop would find the round open."""
+
+    def collected(self, round_number: int) -> Collected:
+        """What had been admitted and rejected before an interruption."""
+        return Collected()
+
+    def admit(self, round_number: int, reply: Reply) -> None:
+        """Return only when the admitted update would survive a crash."""
+
+    def reject(self, round_number: int, rejection: Rejection) -> None:
+        """Count a refusal."""
 
     def save(self, completed: Completed) -> None:
-        """Return only when the round would survive a crash."""
-        ...
+        """Return only when the round's result would survive a crash. Nothing of it is announced before."""
+
+    def announce(self, completed: Completed) -> None:
+        """Write the round's record and tell whoever watches."""
 
 
-Evaluate = Callable[[Adapter, int], Evaluation | None]
+Evaluate = Callable[[ServerState, Mapping[str, int]], Evaluation | None]
+Present = Callable[[int], Mapping[str, Budget]]
 
 
 @dataclass(frozen=True)
-class _Sent:
-    """A release as it went to one client and as that client decodes it."""
+class Loop:
+    """What a running loop works with.
 
-    instruction: Instruction
-    decoded: Release
-    release_hash: str
-    error: float
-    num_bytes: int
+    Attributes:
+        campaign: What is fixed.
+        channel: To the clients.
+        evaluate: Held-out figures of a state, given what clients hold; None where its round is not evaluated.
+        store: Makes each step durable.
+        present: Round -> who may be asked; default: the campaign's own clients.
+    """
+
+    campaign: Campaign
+    channel: Channel
+    evaluate: Evaluate
+    store: Store = field(default_factory=Store)
+    present: Present | None = None
 
 
-@dataclass
-class _Collected:
-    updates: dict[str, Update] = field(default_factory=dict)
-    rejections: list[Rejection] = field(default_factory=list)
-    num_bytes: int = 0
-
-
-def run(
-    campaign: Campaign, channel: Channel, store: Store, evaluate: Evaluate, resumed: Completed | None = None
-) -> ServerState:
+def run(loop: Loop, resumed: Completed | None = None) -> ServerState:
     """Run a campaign to its last round.
 
     Args:
-        campaign: What to do.
-        channel: To the clients.
-        store: Makes each round durable before the next begins.
-        evaluate: Held-out figures of a global adapter after a round; None where the round is not evaluated.
+        loop: What to do, with whom, and where it is kept.
         resumed: The last durable round of an interrupted run.
 
     Returns:
         The final state.
 
     Raises:
-        QuorumNotReached: If a round has too few accepted updates. All earlier rounds are in the store.
+        QuorumNotReached: If a round has too few accepted updates. What arrived is in the store.
     """
-    state = resumed.state if resumed else campaign.strategy.init(campaign.spec)
+    state = resumed.state if resumed else loop.campaign.strategy.init(loop.campaign.spec)
     held: Mapping[str, int] = resumed.held if resumed else {}
-    while state.round < campaign.rounds:
-        completed = run_round(campaign, channel, state, held, evaluate)
-        store.save(completed)
+    if resumed and not resumed.announced:
+        _announce(loop, resumed, time.monotonic())
+    while state.round < loop.campaign.rounds:
+        completed = run_round(loop, state, held)
         state, held = completed.state, completed.held
     return state
 
 
-def run_round(
-    campaign: Campaign, channel: Channel, state: ServerState, held: Mapping[str, int], evaluate: Evaluate
-) -> Completed:
+def run_round(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Completed:
     """One round from state to state.
 
     Args:
-        campaign: What is fixed.
-        channel: To the clients.
+        loop: What to do, with whom, and where it is kept.
         state: Before the round.
         held: Client id -> version of the release that it holds; -1 or absent for none.
-        evaluate: See `run`.
 
     Returns:
-        The finished round; nothing is written yet.
+        The finished and announced round.
 
     Raises:
         QuorumNotReached: If too few updates are accepted.
     """
     started, number = time.monotonic(), state.round + 1
-    asked = selection.cohort(campaign.seed, number, campaign.joined, campaign.fraction)
-    sent = _release(campaign, state, held, asked)
-    channel.offer([one.instruction for one in sent.values()])
-    collected = _collect(campaign, channel, sent)
-    if len(collected.updates) < campaign.quorum:
+    round_open = loop.store.opened(number)
+    if round_open is None:
+        round_open = _open(loop, state, held)
+        loop.store.open(round_open)
+    collected = loop.store.collected(number)
+    _collect(loop, round_open, collected)
+    if len(collected.updates) < loop.campaign.quorum:
         reasons = ", ".join(sorted({r.reason for r in collected.rejections})) or "no reply"
         raise QuorumNotReached(
-            f"round {number}: expected at least {campaign.quorum} accepted updates of {len(asked)} asked, "
+            f"round {number}: expected at least {loop.campaign.quorum} accepted updates of {len(round_open.sent)} asked, "
             f"got {len(collected.updates)} ({reasons}). Resume when more clients can answer, or lower clients.quorum."
         )
+    completed = _step(loop.campaign, state, held, round_open, collected)
+    loop.store.save(completed)
+    return _announce(loop, completed, started)
+
+
+def _step(
+    campaign: Campaign, state: ServerState, held: Mapping[str, int], round_open: Opened, collected: Collected
+) -> Completed:
+    """The next state and the round's record, as yet without held-out figures."""
+    sent = round_open.sent
     updates = [collected.updates[client] for client in sorted(collected.updates)]
     releases = {client: sent[client].decoded for client in collected.updates}
-    aggregate_started = time.monotonic()
-    after = campaign.strategy.step(state, updates, releases, seeds.stream(campaign.seed, "step", number))
-    aggregated = time.monotonic()
-    evaluation = evaluate(after.adapter, number)
+    started = time.monotonic()
+    after = campaign.strategy.step(state, updates, releases, seeds.stream(campaign.seed, "step", round_open.round))
     train_losses = _claimed(updates, "train_loss")
     record = {
-        "round": number,
+        "round": round_open.round,
         "clients": [u.client_id for u in updates],
-        "asked": asked,
+        "asked": sorted(sent),
         "rejections": [{"client_id": r.client_id, "reason": r.reason} for r in collected.rejections],
-        **evaluation_record(evaluation),
+        **evaluation_record(None),
         "train_loss": float(np.mean(train_losses)) if train_losses else None,
         "bytes_up": collected.num_bytes,
-        "bytes_down": sum(one.num_bytes for one in sent.values()),
+        "bytes_down": sum(
+            one.instruction.num_bytes for one in sent.values() if one.instruction.round == round_open.round
+        ),
         "relative_error": after.relative_error,
         "dropped_norm": max((layer.dropped_norm for layer in after.report.values()), default=0.0),
         "release_error": max((one.error for one in sent.values()), default=0.0),
         "release_error_by_client": {client: one.error for client, one in sent.items()},
-        "seconds": time.monotonic() - started,
-        "seconds_aggregate": aggregated - aggregate_started,
-        "seconds_evaluate": time.monotonic() - aggregated,
+        "seconds_aggregate": time.monotonic() - started,
         "seconds_train": sum(_claimed(updates, "seconds")),
         "epsilon": None,
     }
-    now_held = dict(held) | dict.fromkeys(collected.updates, state.round)
+    now_held = dict(held) | {client: sent[client].instruction.version for client in collected.updates}
     weights = client_weights(updates, campaign.weighting)
-    return Completed(after, record, updates, releases, weights, now_held, evaluation)
+    return Completed(after, record, updates, releases, weights, now_held, announced=False)
+
+
+def _announce(loop: Loop, completed: Completed, started: float) -> Completed:
+    evaluating = time.monotonic()
+    evaluation = loop.evaluate(completed.state, completed.held)
+    figures = {
+        **evaluation_record(evaluation),
+        "seconds": time.monotonic() - started,
+        "seconds_evaluate": time.monotonic() - evaluating,
+    }
+    told = replace(completed, record={**completed.record, **figures}, evaluation=evaluation, announced=True)
+    loop.store.announce(told)
+    return told
 
 
 def _claimed(updates: Sequence[Update], metric: str) -> list[float]:
@@ -250,97 +291,64 @@ def evaluation_record(evaluation: Evaluation | None) -> dict[str, Any]:
     }
 
 
-def _release(campaign: Campaign, state: ServerState, held: Mapping[str, int], asked: Sequence[str]) -> dict[str, _Sent]:
-    """Build, encode and decode each asked client's release; equal budgets share one."""
-    cache: dict[str, _Sent] = {}
-    sent: dict[str, _Sent] = {}
-    for client in asked:
-        budget = replace(campaign.budgets[client], held_version=held.get(client, -1))
-        key = repr(budget)
-        if key not in cache:
-            cache[key] = _encode_release(campaign, state, budget)
-        one = cache[key]
-        sent[client] = replace(one, instruction=replace(one.instruction, client_id=client))
-    return sent
+def _open(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Opened:
+    """Choose who is asked and make their releases; stragglers of earlier rounds keep what they were sent."""
+    campaign, number = loop.campaign, state.round + 1
+    carried = {
+        client: one
+        for client, one in loop.store.stragglers(state.round).items()
+        if number - one.instruction.round <= campaign.carry_rounds
+    }
+    pool = {c: b for c, b in (loop.present or campaign.present)(number).items() if c not in carried}
+    asked = selection.cohort(campaign.seed, number, pool, campaign.fraction * (1 + campaign.over_selection))
+    fewer = selection.size(len(pool), campaign.fraction)
+    budgets = {client: replace(pool[client], held_version=held.get(client, -1)) for client in asked}
+    sent = released(campaign, loop.store.keep, state, budgets)
+    return Opened(number, dict(sorted({**carried, **sent}.items())), fewer + len(carried))
 
 
-def _encode_release(campaign: Campaign, state: ServerState, budget: Budget) -> _Sent:
-    release = campaign.strategy.release(state, budget)
-    rng = seeds.stream(campaign.seed, "release", state.round)
-    trainable = encode(release.trainable, campaign.wire, rng)
-    frozen = None if release.frozen is None else encode(release.frozen, campaign.wire, rng)
-    decoded = replace(release, trainable=decode(trainable), frozen=None if frozen is None else decode(frozen))
-    instruction = Instruction(
+def _collect(loop: Loop, round_open: Opened, collected: Collected) -> None:
+    """Admit what arrives until the round is full; a client's fault is a counted rejection."""
+    answered = {*collected.updates, *(rejection.client_id for rejection in collected.rejections)}
+    outstanding = [one.instruction for client, one in round_open.sent.items() if client not in answered]
+    loop.channel.offer(outstanding)
+    if not outstanding or len(collected.updates) >= round_open.wanted:
+        return
+    for reply in loop.channel.replies(loop.campaign.deadline_s):
+        rejection = _admitted(loop, round_open, reply, collected)
+        if rejection is not None:
+            loop.store.reject(round_open.round, rejection)
+            collected.rejections.append(rejection)
+        if len(round_open.sent) > round_open.wanted <= len(collected.updates):
+            return  # over-selected, and enough have answered
+
+
+def _admitted(loop: Loop, round_open: Opened, reply: Reply, collected: Collected) -> Rejection | None:
+    """Take one reply in, or say why not."""
+    if reply.update is None:
+        return Rejection(reply.client_id, "failed", reply.failure)
+    collected.num_bytes += reply.update.num_bytes
+    try:
+        if reply.client_id not in round_open.sent:
+            raise UpdateRejected("wrong-client", f"client {reply.client_id} was not asked in this round.")
+        update = admission.admit(
+            reply.update, _expected(loop.campaign, round_open.sent[reply.client_id]), collected.updates
+        )
+    except UpdateRejected as error:
+        return Rejection(reply.client_id, error.reason, str(error))
+    loop.store.admit(round_open.round, reply)
+    collected.updates[reply.client_id] = update
+    return None
+
+
+def _expected(campaign: Campaign, sent: Sent) -> admission.Expected:
+    return admission.Expected(
         run_id=campaign.run_id,
-        round=state.round + 1,
-        client_id="",
-        release=trainable,
-        frozen=frozen,
-        version=release.version,
-        frozen_since=release.frozen_since,
-        keep_frozen=release.keep_frozen,
-        train=release.train,
+        round=sent.instruction.round,
+        client_id=sent.instruction.client_id,
+        parent_release_hash=sent.instruction.release_hash,
+        spec=campaign.spec,
+        budget=sent.budget,
+        received=sent.decoded.trainable,
+        max_norm=campaign.max_norm,
     )
-    num_bytes = len(trainable) + (0 if frozen is None else len(frozen))
-    return _Sent(instruction, decoded, instruction.release_hash, release_error(state, release, decoded), num_bytes)
-
-
-def release_error(state: ServerState, sent: Release, decoded: Release) -> float:
-    """How far what a client holds is from the global adapter: truncation to its budget and rounding of the wire.
-
-    Args:
-        state: Whose adapter was released.
-        sent: Before encoding.
-        decoded: As the client has it.
-
-    Returns:
-        The largest Frobenius distance over modules, relative to the module's global product; 0 while that is 0.
-    """
-    worst = 0.0
-    for module, whole in state.adapter.lora.items():
-        target, additive = [pair(whole)], sent.frozen_since is not None
-        norm = _norm(target)
-        if norm == 0.0:
-            continue
-        if additive and sent.frozen is not None:
-            target = [pair(sent.frozen.lora[module])]
-        parts = [decoded.frozen or EMPTY] if additive else [decoded.trainable, decoded.frozen or EMPTY]
-        held = [pair(part.lora[module], -1.0) for part in parts if module in part.lora]
-        worst = max(worst, _norm(target + held) / norm)
-    return worst
-
-
-def _norm(pairs: Sequence[tuple[Any, Any]]) -> float:
-    """Norm of a sum of products from the Gram matrices, good to about 1e-8 of the largest term."""
-    left = np.concatenate([one for one, _ in pairs], axis=1)
-    right = np.concatenate([one for _, one in pairs])
-    squared = float(((left.T @ left) * (right @ right.T)).sum())
-    return float(np.sqrt(max(squared, 0.0)))
-
-
-def _collect(campaign: Campaign, channel: Channel, sent: Mapping[str, _Sent]) -> _Collected:
-    """Admit what arrives; a client's fault is a counted rejection."""
-    collected = _Collected()
-    for reply in channel.replies(campaign.deadline_s):
-        if reply.update is None:
-            collected.rejections.append(Rejection(reply.client_id, "failed", reply.failure))
-            continue
-        collected.num_bytes += len(reply.update)
-        try:
-            if reply.client_id not in sent:
-                raise UpdateRejected("wrong-client", f"client {reply.client_id} was not asked in this round.")
-            one = sent[reply.client_id]
-            expected = admission.Expected(
-                run_id=campaign.run_id,
-                round=one.instruction.round,
-                client_id=reply.client_id,
-                parent_release_hash=one.release_hash,
-                spec=campaign.spec,
-                budget=campaign.budgets[reply.client_id],
-                received=one.decoded.trainable,
-                max_norm=campaign.max_norm,
-            )
-            collected.updates[reply.client_id] = admission.admit(reply.update, expected, collected.updates)
-        except UpdateRejected as error:
-            collected.rejections.append(Rejection(reply.client_id, error.reason, str(error)))
-    return collected

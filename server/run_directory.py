@@ -14,10 +14,10 @@ from safetensors.numpy import save
 from lamina.protos.adapter import Adapter, Array
 from lamina.protos.codec import canonical
 from lamina.protos.errors import CheckpointError, ConfigError
-from lamina.protos.files import write_atomic, write_json
+from lamina.protos.files import append_durably, write_atomic, write_json
 from lamina.server import checkpoint
 from lamina.server.checkpoint import Checkpoint
-from lamina.server.rounds import Completed
+from lamina.server.rounds import Completed, Store
 
 
 def create(path: Path, config_yaml: str) -> None:
@@ -67,7 +67,20 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def resume(path: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
+@dataclass(frozen=True)
+class Resumed:
+    """The last durable round of an interrupted run.
+
+    Attributes:
+        checkpoint: Of that round.
+        completed: The round, for the loop to go on from; its record, if it was written.
+    """
+
+    checkpoint: Checkpoint
+    completed: Completed
+
+
+def resume(path: Path, identity: Mapping[str, Any]) -> Resumed | None:
     """The last durable round, with `rounds.jsonl` brought to agree with it.
 
     Args:
@@ -75,7 +88,7 @@ def resume(path: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
         identity: What the run is now: base hashes and fixed settings.
 
     Returns:
-        The checkpoint, or None where no round was completed.
+        The round, or None where none was completed.
 
     Raises:
         CheckpointError: If it is corrupt, or belongs to another base or other settings.
@@ -90,13 +103,14 @@ def resume(path: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
                 f"{path}: expected {key} {_short(wanted)} as in its checkpoint, got {_short(identity.get(key))}. "
                 "Resume with the base, data and settings that the run began with."
             )
-    records = [record for record in read_records(path) if record["round"] < last.state.round]
-    if [record["round"] for record in records] != list(range(1, last.state.round)):
+    written = {record["round"]: record for record in read_records(path) if record["round"] <= last.state.round}
+    if any(number not in written for number in range(1, last.state.round)):
         raise CheckpointError(
             f"{path / 'rounds.jsonl'}: expected rounds 1 to {last.state.round - 1}, some are missing."
         )
-    _write_records(path, [*records, dict(last.record)])
-    return last
+    _write_records(path, [written[number] for number in sorted(written)])
+    record, announced = written.get(last.state.round, last.record), last.state.round in written
+    return Resumed(last, Completed(last.state, record, (), {}, {}, last.held, announced=announced))
 
 
 def _short(value: object) -> str:
@@ -109,8 +123,8 @@ def _write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 @dataclass(frozen=True)
-class RunDirectory:
-    """A `server.rounds.Store` on disk.
+class RunDirectory(Store):
+    """A store on disk: whole rounds are durable, an interrupted one is begun again.
 
     Attributes:
         path: The run directory.
@@ -129,7 +143,7 @@ class RunDirectory:
     completed: Callable[[Completed], None]
 
     def save(self, completed: Completed) -> None:
-        """Keep the updates if asked, then the checkpoint, then the round's line; only then is it told."""
+        """Keep the updates if asked, then the checkpoint."""
         if self.keep_updates:
             keep_round(self.path, completed)
         checkpoint.save(
@@ -137,8 +151,10 @@ class RunDirectory:
             Checkpoint(completed.state, completed.record, self.identity, completed.held, self.extra()),
             self.keep_checkpoints,
         )
-        before = [record for record in read_records(self.path) if record["round"] < completed.state.round]
-        _write_records(self.path, [*before, completed.record])
+
+    def announce(self, completed: Completed) -> None:
+        """Write the round's line, then tell."""
+        append_durably(self.path / "rounds.jsonl", json.dumps(completed.record, allow_nan=False) + "\n")
         self.completed(completed)
 
 

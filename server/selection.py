@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from lamina.protos import seeds
 
 
-def cohort(seed: int, round_number: int, joined: Mapping[str, int], fraction: float) -> list[str]:
-    """A uniform sample, without replacement, of the clients that have joined.
+def size(present: int, fraction: float) -> int:
+    """How many of the clients that are present are asked.
+
+    Args:
+        present: How many there are.
+        fraction: Share of them; above 1 all.
+
+    Returns:
+        At least one where anyone is present.
+    """
+    return min(present, max(1, round(fraction * present)))
+
+
+def cohort(seed: int, round_number: int, present: Iterable[str], fraction: float) -> list[str]:
+    """A uniform sample, without replacement, of the clients that are present.
 
     Args:
         seed: The run's seed.
         round_number: From 1.
-        joined: Client id -> first round in which it takes part.
-        fraction: Share of them, in (0, 1]; at least one is asked where anyone has joined.
+        present: Client ids, in any order.
+        fraction: See `size`.
 
     Returns:
         Client ids, sorted.
     """
-    present = sorted(client for client, first in joined.items() if first <= round_number)
-    if not present:
+    pool = sorted(present)
+    if not pool:
         return []
-    size = max(1, round(fraction * len(present)))
-    chosen = seeds.stream(seed, "cohort", round_number).choice(len(present), size=size, replace=False)
-    return sorted(present[index] for index in chosen)
+    chosen = seeds.stream(seed, "cohort", round_number).choice(len(pool), size=size(len(pool), fraction), replace=False)
+    return sorted(pool[index] for index in chosen)

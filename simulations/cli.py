@@ -11,10 +11,11 @@ from pathlib import Path
 from rich.console import Console
 
 from lamina.client.model import quiet
+from lamina.protos import compose
 from lamina.protos.config import Config, checked, known_keys
 from lamina.protos.errors import ConfigError
 from lamina.server.report import write_report
-from lamina.simulations import compose, run
+from lamina.simulations import run
 from lamina.simulations.prepare import Prepared, prepare
 from lamina.simulations.progress import Terminal, over_seeds, table
 

@@ -4,14 +4,13 @@ rows differ.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lamina.client.data import FILE_COLUMN, Row
+from lamina.client.split import split
 from lamina.protos import seeds
 from lamina.protos.config import Config
 from lamina.protos.errors import ConfigError, DataError
@@ -174,29 +173,3 @@ def _partition_test(
         if shares.sum() > 0:
             _deal_class(members, shares, rng, dealt)
     return [sorted(part) for part in dealt]
-
-
-def split(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row], list[Row]]:
-    """Train, tune and test rows, by the hash of each row, so that a row stays where it is when others come or go nearby.
-
-    Args:
-        rows: One silo's rows.
-        share: Of the rows for test, and again for tune.
-
-    Returns:
-        (train, tune, test); test gets at least one row where there are two, tune where there are three.
-    """
-    ordered = sorted(range(len(rows)), key=lambda i: (_hash(rows[i]), i))
-    held = max(1, math.floor(share * len(rows))) if len(rows) >= 2 else 0
-    tuned = held if len(rows) >= 3 else 0
-    test, tune = set(ordered[:held]), set(ordered[held : held + tuned])
-    return (
-        [row for i, row in enumerate(rows) if i not in test and i not in tune],
-        [row for i, row in enumerate(rows) if i in tune],
-        [row for i, row in enumerate(rows) if i in test],
-    )
-
-
-def _hash(row: Row) -> str:
-    content = repr(sorted((str(key), repr(value)) for key, value in row.items()))
-    return hashlib.sha256(content.encode(errors="replace")).hexdigest()

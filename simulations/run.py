@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 
+from lamina.protos import compose
 from lamina.protos.adapter import Adapter
 from lamina.protos.config import Config, checked
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import write_json
+from lamina.server import campaign as campaigns
 from lamina.server import export, run_directory
 from lamina.server.report import write_report
-from lamina.server.rounds import Completed, Evaluation
+from lamina.server.rounds import Completed, Evaluation, Loop
 from lamina.server.rounds import run as run_rounds
-from lamina.simulations import compose, engine
+from lamina.simulations import engine
 from lamina.simulations.baselines import measure as measure_baselines
 from lamina.simulations.engine import Watcher
 from lamina.simulations.generations import generations
@@ -72,8 +74,8 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
     prepared = prepared or prepare(config, watcher.say)
     config = _pinned(config, prepared)
     fixed = engine.identity(config, prepared)
-    found = engine.budgets(config, prepared.base.spec)
-    campaign = engine.campaign(config, prepared.base.spec, found, engine.run_id(fixed))
+    found = campaigns.budgets(config, prepared.base.spec)
+    campaign = campaigns.campaign(config, prepared.base.spec, found, campaigns.run_id(fixed))
     cohort = engine.cohort(config, prepared, found, watcher)
     resumed = _start(config, path, fixed, cohort)
     watcher.begin(config.rounds, prepared.names, resumed.state.round if resumed else 0)
@@ -87,13 +89,13 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
 
     latest: dict[int, Evaluation] = {}
 
-    def evaluated(adapter: Adapter, round_number: int) -> Evaluation | None:
-        if round_number % config.evaluate.every and round_number != config.rounds:
+    def evaluated(state: ServerState, held: Mapping[str, int]) -> Evaluation | None:
+        if state.round % config.evaluate.every and state.round != config.rounds:
             return None
-        latest[round_number] = engine.evaluate(prepared, adapter, config, f"round {round_number}")
-        return latest[round_number]
+        latest[state.round] = engine.evaluate(prepared, state.adapter, config, f"round {state.round}")
+        return latest[state.round]
 
-    state = run_rounds(campaign, cohort.channel(), store, evaluated, resumed)
+    state = run_rounds(Loop(campaign, cohort.channel(), evaluated, store), resumed)
     final = latest.get(state.round) or engine.evaluate(prepared, state.adapter, config, f"round {state.round}")
     baselines = measure_baselines(config, prepared, found, base_figures, watcher.say)
     clock = {"total": time.monotonic() - started, "base": base_seconds}
@@ -118,15 +120,15 @@ def _start(config: Config, path: Path, fixed: Mapping[str, Any], cohort: engine.
     if not config.resume:
         run_directory.create(path, compose.to_yaml(config))
         return None
-    checkpoint = run_directory.resume(path, fixed)
-    if checkpoint is None:
+    resumed = run_directory.resume(path, fixed)
+    if resumed is None:
         return None
-    if checkpoint.state.round > config.rounds:
+    if resumed.checkpoint.state.round > config.rounds:
         raise ConfigError(
-            f"rounds={config.rounds}: expected at least {checkpoint.state.round}, the rounds done. Resume with more."
+            f"rounds={config.rounds}: expected at least {resumed.checkpoint.state.round}, the rounds done. Resume with more."
         )
-    cohort.restore(checkpoint.extra)
-    return Completed(checkpoint.state, checkpoint.record, (), {}, {}, checkpoint.held, None)
+    cohort.restore(resumed.checkpoint.extra)
+    return resumed.completed
 
 
 def _ranks(found: Mapping[str, Any]) -> dict[str, int]:

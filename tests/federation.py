@@ -9,13 +9,15 @@ import numpy as np
 
 from lamina.protos import seeds
 from lamina.protos.adapter import Adapter, LoraFactors
+from lamina.protos.blobs import blob
 from lamina.protos.codec import decode, encode_update
 from lamina.protos.messages import Budget, Instruction, Reply, Update
 from lamina.protos.spec import AdapterSpec
 from lamina.server.admission import HEADER_BYTES
-from lamina.server.channel import MemoryChannel, Respond
-from lamina.server.rounds import Campaign, Completed, Evaluation, run_round
-from lamina.strategies import Options, build
+from lamina.server.campaign import Campaign
+from lamina.server.channel import Channel, MemoryChannel, Respond
+from lamina.server.rounds import Completed, Evaluation, Loop, run_round
+from lamina.strategies import Options, ServerState, build
 
 MODULES: Mapping[str, tuple[int, int]] = {"block.q_proj": (9, 7), "block.up_proj": (6, 11)}
 SCALE = 2.0
@@ -41,7 +43,7 @@ def campaign(strategy: str = "recompress", ranks: Sequence[int] = (4, 3, 2), **m
 
 def trained(one: Campaign, instruction: Instruction, seed: int = 0) -> Update:
     """What an honest client sends: its release, completed to its rank and moved a little."""
-    release = decode(instruction.release)
+    release = decode(instruction.release.read())
     mine, client = one.budgets[instruction.client_id], instruction.client_id
     rng = seeds.stream(seed, "client", client, instruction.round)
     lora = {}
@@ -68,24 +70,34 @@ def trained(one: Campaign, instruction: Instruction, seed: int = 0) -> Update:
     )
 
 
+def reply(client_id: str, content: bytes) -> Reply:
+    return Reply(client_id, blob(content))
+
+
 def honest(one: Campaign) -> Respond:
-    return lambda instruction: Reply(instruction.client_id, encode_update(trained(one, instruction), "fp32"))
+    return lambda instruction: reply(instruction.client_id, encode_update(trained(one, instruction), "fp32"))
 
 
 def attacker(one: Campaign, attack: Attack) -> Respond:
-    return lambda instruction: Reply(instruction.client_id, attack(instruction, trained(one, instruction)))
+    return lambda instruction: reply(instruction.client_id, attack(instruction, trained(one, instruction)))
 
 
 def channel(one: Campaign, attacks: Mapping[str, Respond] | None = None) -> MemoryChannel:
     return MemoryChannel({client: honest(one) for client in one.budgets} | dict(attacks or {}))
 
 
-def no_evaluation(adapter: Adapter, round_number: int) -> Evaluation | None:
+def no_evaluation(state: ServerState, held: Mapping[str, int]) -> Evaluation | None:
     return None
 
 
+def round_of(one: Campaign, channel: Channel, after: Completed | None = None) -> Completed:
+    """The first round over a channel, or the one after another."""
+    state, held = (after.state, after.held) if after else (one.strategy.init(one.spec), {})
+    return run_round(Loop(one, channel, no_evaluation), state, held)
+
+
 def one_round(one: Campaign, attacks: Mapping[str, Respond] | None = None) -> Completed:
-    return run_round(one, channel(one, attacks), one.strategy.init(one.spec), {}, no_evaluation)
+    return round_of(one, channel(one, attacks))
 
 
 def attacked(one: Campaign, attack: Attack) -> Completed:

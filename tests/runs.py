@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lamina.protos import compose
 from lamina.protos.adapter import Adapter
 from lamina.protos.config import Config
 from lamina.protos.messages import Instruction, Reply
+from lamina.server import campaign as campaigns
 from lamina.server import rounds
-from lamina.server.rounds import Campaign, Completed, Evaluation
-from lamina.simulations import compose, engine
+from lamina.server.campaign import Campaign
+from lamina.server.rounds import Completed, Evaluation
+from lamina.simulations import engine
 from lamina.simulations.engine import Cohort
 from lamina.simulations.prepare import Prepared, prepare
 from lamina.strategies.base import ServerState
@@ -82,12 +85,12 @@ class Quiet:
 
 
 @dataclass
-class Memory:
+class Memory(rounds.Store):
     """A store that keeps every completed round."""
 
     completed: list[Completed] = field(default_factory=list)
 
-    def save(self, completed: Completed) -> None:
+    def announce(self, completed: Completed) -> None:
         self.completed.append(completed)
 
 
@@ -129,18 +132,18 @@ class Outcome:
         return [completed.state.adapter for completed in self.rounds]
 
 
-def no_evaluation(adapter: Adapter, round_number: int) -> Evaluation | None:
+def no_evaluation(state: ServerState, held: Mapping[str, int]) -> Evaluation | None:
     return None
 
 
 def play(config: Config, prepared: Prepared | None = None) -> Outcome:
     """Run a config in memory, without evaluation and without a directory."""
     prepared = prepared or prepare(config)
-    found = engine.budgets(config, prepared.base.spec)
-    campaign = engine.campaign(config, prepared.base.spec, found, "run")
+    found = campaigns.budgets(config, prepared.base.spec)
+    campaign = campaigns.campaign(config, prepared.base.spec, found, "run")
     cohort = engine.cohort(config, prepared, found, Quiet())
     channel, store = Listening(cohort), Memory()
-    rounds.run(campaign, channel, store, no_evaluation)
+    rounds.run(rounds.Loop(campaign, channel, no_evaluation, store))
     return Outcome(prepared, campaign, cohort, channel, store.completed)
 
 
@@ -154,7 +157,7 @@ def go_on(outcome: Outcome, more: int, learning_rate: float) -> Outcome:
     again = replace(cohort, sites=sites, states=dict(cohort.states), shared=dict(cohort.shared))
     campaign = replace(outcome.campaign, rounds=last.state.round + more)
     channel, store = Listening(again), Memory()
-    rounds.run(campaign, channel, store, no_evaluation, last)
+    rounds.run(rounds.Loop(campaign, channel, no_evaluation, store), last)
     return Outcome(outcome.prepared, campaign, again, channel, store.completed)
 
 

@@ -12,13 +12,14 @@ from lamina.protos.adapter import LoraFactors
 from lamina.protos.codec import encode_update
 from lamina.protos.errors import QuorumNotReached
 from lamina.protos.messages import Instruction, Reply, Update
-from lamina.server.rounds import run_round
 from tests import federation
 from tests.federation import (
     attacked,
     campaign,
     changed,
     reasons,
+    reply,
+    round_of,
     trained,
     with_dense,
     with_factors,
@@ -123,10 +124,10 @@ def test_a_replayed_update_counts_once() -> None:
     def script(instructions: Sequence[Instruction]) -> Iterable[Reply]:
         for instruction in instructions:
             payload = encode_update(trained(one, instruction), "fp32")
-            yield Reply(instruction.client_id, payload)
-            yield Reply(instruction.client_id, payload)
+            yield reply(instruction.client_id, payload)
+            yield reply(instruction.client_id, payload)
 
-    after = run_round(one, federation.Scripted(script), one.strategy.init(one.spec), {}, federation.no_evaluation)
+    after = round_of(one, federation.Scripted(script))
     assert reasons(after) == [("0", "duplicate"), ("1", "duplicate"), ("2", "duplicate")]
     assert same_bits(after.state.adapter, federation.one_round(one).state.adapter)
 
@@ -139,8 +140,8 @@ def test_last_rounds_update_is_not_taken_again() -> None:
         return kept.setdefault("first", encode_update(update, "fp32"))
 
     channel = federation.channel(one, {"2": federation.attacker(one, attack)})
-    first = run_round(one, channel, one.strategy.init(one.spec), {}, federation.no_evaluation)
-    second = run_round(one, channel, first.state, first.held, federation.no_evaluation)
+    first = round_of(one, channel)
+    second = round_of(one, channel, first)
     assert reasons(first) == []
     assert reasons(second) == [("2", "wrong-round")]
 
@@ -150,12 +151,12 @@ def test_a_stranger_and_a_client_that_was_not_asked_are_counted() -> None:
 
     def script(instructions: Sequence[Instruction]) -> Iterable[Reply]:
         for instruction in instructions:
-            yield Reply(instruction.client_id, encode_update(trained(one, instruction), "fp32"))
+            yield reply(instruction.client_id, encode_update(trained(one, instruction), "fp32"))
         update = trained(one, instructions[0])
-        yield Reply("ghost", changed(update, client_id="ghost"))
-        yield Reply("../../ghost", b"")
+        yield reply("ghost", changed(update, client_id="ghost"))
+        yield reply("../../ghost", b"")
 
-    after = run_round(one, federation.Scripted(script), one.strategy.init(one.spec), {}, federation.no_evaluation)
+    after = round_of(one, federation.Scripted(script))
     assert [client for client, _ in reasons(after)] == ["ghost", "../../ghost"]
     assert same_bits(after.state.adapter, federation.one_round(one).state.adapter)
 
@@ -166,10 +167,10 @@ def test_a_client_cannot_speak_for_another() -> None:
     def script(instructions: Sequence[Instruction]) -> Iterable[Reply]:
         victim, thief = instructions[0], instructions[1]
         # The thief sends the victim's update under its own name before the victim answers.
-        yield Reply(thief.client_id, encode_update(trained(one, victim), "fp32"))
-        yield Reply(victim.client_id, encode_update(trained(one, victim), "fp32"))
+        yield reply(thief.client_id, encode_update(trained(one, victim), "fp32"))
+        yield reply(victim.client_id, encode_update(trained(one, victim), "fp32"))
 
-    after = run_round(one, federation.Scripted(script), one.strategy.init(one.spec), {}, federation.no_evaluation)
+    after = round_of(one, federation.Scripted(script))
     assert reasons(after) == [("1", "wrong-client")]
     assert after.record["clients"] == ["0"]
 
@@ -209,7 +210,7 @@ def test_who_answers_first_changes_no_bit(order: tuple[str, ...]) -> None:
     def script(instructions: Sequence[Instruction]) -> Iterable[Reply]:
         by_client = {instruction.client_id: instruction for instruction in instructions}
         for client in order:
-            yield Reply(client, encode_update(trained(one, by_client[client]), "fp32"))
+            yield reply(client, encode_update(trained(one, by_client[client]), "fp32"))
 
-    after = run_round(one, federation.Scripted(script), one.strategy.init(one.spec), {}, federation.no_evaluation)
+    after = round_of(one, federation.Scripted(script))
     assert same_bits(after.state.adapter, federation.one_round(one).state.adapter)

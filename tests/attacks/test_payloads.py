@@ -89,11 +89,11 @@ def test_an_oversized_payload_is_refused_before_it_is_parsed(monkeypatch: pytest
     one = campaign()
     parse = codec._parse
 
-    def watched(payload: bytes, max_bytes: int) -> Any:
-        if len(payload) > max_bytes:
+    def watched(payload: bytes, num_bytes: int, max_bytes: int) -> Any:
+        if num_bytes > max_bytes:
             monkeypatch.setattr(json, "loads", lambda *_: pytest.fail("parsed before the size was checked"))
         try:
-            return parse(payload, max_bytes)
+            return parse(payload, num_bytes, max_bytes)
         finally:
             monkeypatch.undo()
 

@@ -15,7 +15,7 @@ from lamina.protos.codec import encode_update
 from lamina.protos.errors import CheckpointError, LaminaError
 from lamina.protos.files import sha256
 from lamina.server import checkpoint, run_directory
-from lamina.server.rounds import Completed, run
+from lamina.server.rounds import Completed, Loop, run
 from lamina.server.run_directory import RunDirectory
 from tests.federation import attacker, campaign, changed, channel, no_evaluation, one_round
 
@@ -40,7 +40,7 @@ METRICS: dict[str, dict[str, float]] = {
 def test_a_clients_metrics_never_stop_the_run(tmp_path: Path, name: str) -> None:
     one = campaign(rounds=2)
     attacks = {"2": attacker(one, lambda _, update: changed(update, metrics=METRICS[name]))}
-    state = run(one, channel(one, attacks), store(tmp_path / "run"), no_evaluation)
+    state = run(Loop(one, channel(one, attacks), no_evaluation, store(tmp_path / "run")))
     assert state.round == 2
     assert [record["round"] for record in run_directory.read_records(tmp_path / "run")] == [1, 2]
     assert checkpoint.load_last(tmp_path / "run") is not None
@@ -104,7 +104,7 @@ def test_a_checkpoint_that_names_files_elsewhere_is_refused(tmp_path: Path, name
 def test_a_rejected_payload_is_not_written_down(tmp_path: Path) -> None:
     one = campaign(rounds=1)
     attacks = {"2": attacker(one, lambda _, update: encode_update(replace(update, num_examples=0), "fp32"))}
-    run(one, channel(one, attacks), store(tmp_path / "run"), no_evaluation)
+    run(Loop(one, channel(one, attacks), no_evaluation, store(tmp_path / "run")))
     kept = files_below(tmp_path / "run" / "rounds")
     assert {name.split("/")[-1] for name in kept if "updates" in name} == {"0.safetensors", "1.safetensors"}
     (record,) = run_directory.read_records(tmp_path / "run")

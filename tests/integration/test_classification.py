@@ -40,7 +40,7 @@ def test_new_parameters_travel_in_the_first_release(bert: Path, questions: Path)
     spec = outcome.campaign.spec
     assert len(outcome.channel.instructions) == 3
     for instruction in outcome.channel.instructions:
-        dense = decode(instruction.release).dense
+        dense = decode(instruction.release.read()).dense
         assert {name: value.tobytes() for name, value in dense.items()} == {
             name: value.tobytes() for name, value in spec.dense.items()
         }

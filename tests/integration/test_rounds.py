@@ -16,8 +16,9 @@ from lamina.protos.adapter import Adapter, product
 from lamina.protos.codec import BYTES_PER_NUMBER, decode, decode_update
 from lamina.protos.errors import QuorumNotReached
 from lamina.protos.messages import Instruction, Reply
+from lamina.server import campaign as campaigns
 from lamina.server.channel import MemoryChannel
-from lamina.server.rounds import run
+from lamina.server.rounds import Loop, run
 from lamina.simulations import engine
 from lamina.simulations.prepare import prepare
 from lamina.strategies import STRATEGIES
@@ -214,8 +215,10 @@ def test_bytes_are_those_that_travelled(llama: Path, notes: Path, strategy: str,
     for done in outcome.rounds:
         number = done.state.round
         sent = [one for one in outcome.channel.instructions if one.round == number]
-        down = sum(len(one.release) + len(one.frozen or b"") for one in sent)
-        up = [reply.update or b"" for asked, reply in outcome.channel.replied if asked == number]
+        down = sum(one.num_bytes for one in sent)
+        up = [
+            reply.update.read() if reply.update else b"" for asked, reply in outcome.channel.replied if asked == number
+        ]
         assert done.record["bytes_down"] == down
         assert done.record["bytes_up"] == sum(map(len, up))
         for payload in up:
@@ -267,8 +270,8 @@ def base_weights(base: Base) -> list[tuple[str, torch.Tensor]]:
 def test_a_missed_quorum_keeps_the_rounds_before(llama: Path, notes: Path) -> None:
     config = small(llama, notes, "rounds=3", "clients.quorum=2")
     prepared = prepare(config)
-    found = engine.budgets(config, prepared.base.spec)
-    campaign = engine.campaign(config, prepared.base.spec, found, "run")
+    found = campaigns.budgets(config, prepared.base.spec)
+    campaign = campaigns.campaign(config, prepared.base.spec, found, "run")
     outcome, store = play(config, prepared), Memory()
     cohort = replace(outcome.cohort, states={}, shared={})
 
@@ -278,7 +281,7 @@ def test_a_missed_quorum_keeps_the_rounds_before(llama: Path, notes: Path) -> No
         return next(iter(answered(Listening(cohort), instruction)), None)
 
     with pytest.raises(QuorumNotReached, match="round 3") as caught:
-        run(campaign, MemoryChannel(dict.fromkeys(found, leaving)), store, no_evaluation)
+        run(Loop(campaign, MemoryChannel(dict.fromkeys(found, leaving)), no_evaluation, store))
     assert caught.value.exit_code == 3
     assert [done.state.round for done in store.completed] == [1, 2]
     assert same_bits(store.completed[-1].state.adapter, outcome.rounds[1].state.adapter)
@@ -299,6 +302,6 @@ def test_the_release_is_the_prefix_at_the_clients_scale(llama: Path, notes: Path
     outcome = play(small(llama, notes, "lora.lora_alpha=8"))
     for instruction in [one for one in outcome.channel.instructions if one.round == 2]:
         budget = outcome.campaign.budgets[instruction.client_id]
-        for module, factors in decode(instruction.release).lora.items():
+        for module, factors in decode(instruction.release.read()).lora.items():
             assert factors.rank <= budget.train[module]
             assert factors.scale == pytest.approx(8 / budget.train[module])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lamina.protos.adapter import Adapter, LoraFactors, product
+from lamina.protos.blobs import blob
 from lamina.protos.codec import encode_update
 from lamina.protos.errors import AdapterMismatch, UpdateRejected
 from lamina.protos.messages import Update
@@ -38,7 +39,7 @@ def expected(received: Adapter | None = None, max_norm: float | None = None) -> 
 
 
 def test_an_honest_update_passes_unchanged() -> None:
-    got = admit(encode_update(update(), "fp32"), expected(), set())
+    got = admit(blob(encode_update(update(), "fp32")), expected(), set())
     assert (got.run_id, got.round, got.client_id, got.num_examples) == ("run", 3, "17", 5)
     for module in MODULES:
         assert got.adapter.lora[module].A.tobytes() == update().adapter.lora[module].A.tobytes()
@@ -50,17 +51,17 @@ def test_an_honest_update_passes_unchanged() -> None:
 def test_the_bounds_of_num_examples(examples: int, passes: bool) -> None:
     payload = encode_update(replace(update(), num_examples=examples), "fp32")
     if passes:
-        admit(payload, expected(), set())
+        admit(blob(payload), expected(), set())
         return
     with pytest.raises(UpdateRejected) as caught:
-        admit(payload, expected(), set())
+        admit(blob(payload), expected(), set())
     assert caught.value.reason == "weight"
 
 
 def test_the_message_says_who_when_what_and_what_to_do() -> None:
     small = replace(update(), adapter=adapter(rank=1))
     with pytest.raises(UpdateRejected) as caught:
-        admit(encode_update(small, "fp32"), expected(), set())
+        admit(blob(encode_update(small, "fp32")), expected(), set())
     message = str(caught.value)
     assert "client 17, round 3" in message
     assert "expected rank 2" in message
@@ -69,7 +70,7 @@ def test_the_message_says_who_when_what_and_what_to_do() -> None:
 
 def test_a_second_update_is_a_duplicate() -> None:
     with pytest.raises(UpdateRejected) as caught:
-        admit(encode_update(update(), "fp32"), expected(), {"17"})
+        admit(blob(encode_update(update(), "fp32")), expected(), {"17"})
     assert caught.value.reason == "duplicate"
 
 
@@ -88,9 +89,9 @@ def test_the_norm_of_no_change_is_zero() -> None:
 def test_the_norm_bound_is_inclusive() -> None:
     payload = encode_update(update(), "fp32")
     norm = change_norm(update().adapter, Adapter(), spec())
-    admit(payload, expected(max_norm=norm * 1.001), set())
+    admit(blob(payload), expected(max_norm=norm * 1.001), set())
     with pytest.raises(UpdateRejected) as caught:
-        admit(payload, expected(max_norm=norm * 0.999), set())
+        admit(blob(payload), expected(max_norm=norm * 0.999), set())
     assert caught.value.reason == "norm"
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from lamina.protos import compose
 from lamina.protos.config import SHORTHANDS, Config, known_keys, value_of
 from lamina.protos.errors import ConfigError
-from lamina.simulations import compose
 from tests.runs import config_of
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lamina.client.split import split
 from lamina.protos.config import Config
 from lamina.protos.errors import ConfigError, DataError
-from lamina.simulations.partition import Silo, deal, split
+from lamina.simulations.partition import Silo, deal
 
 KINDS = ("natural", "dirichlet", "iid", "shards")
 

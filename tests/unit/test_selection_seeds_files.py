@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from lamina.protos import files, seeds, words
 from lamina.protos.errors import ConfigError
 from lamina.server.selection import cohort
+from tests.federation import budget, campaign
 
 JOINED = {str(i): 1 for i in range(10)}
 
@@ -45,15 +47,15 @@ def test_every_client_is_asked_equally_often() -> None:
 
 
 def test_nobody_is_asked_before_joining() -> None:
-    joined = {"a": 1, "b": 3, "c": 5}
-    assert [cohort(0, number, joined, 1.0) for number in (1, 2, 3, 4, 5)] == [
+    one = replace(campaign(), budgets=dict.fromkeys("abc", budget(2)), joined={"a": 1, "b": 3, "c": 5})
+    assert [cohort(0, number, one.present(number), 1.0) for number in (1, 2, 3, 4, 5)] == [
         ["a"],
         ["a"],
         ["a", "b"],
         ["a", "b"],
         ["a", "b", "c"],
     ]
-    assert cohort(0, 1, {"a": 2}, 1.0) == []
+    assert cohort(0, 1, [], 1.0) == []
 
 
 def test_streams_depend_on_every_name() -> None:

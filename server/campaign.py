@@ -1,0 +1,197 @@
+"""From a config and a spec to the fixed values of a run: budgets, strategy, campaign, and the run's name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lamina.protos.codec import WireFormat
+from lamina.protos.config import Config, known_keys, per_client, value_of
+from lamina.protos.errors import ConfigError
+from lamina.protos.files import sha256
+from lamina.protos.messages import Budget
+from lamina.protos.spec import AdapterSpec
+from lamina.strategies import Options, Strategy, build
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """What is fixed over a run.
+
+    Attributes:
+        run_id: Its name.
+        spec: The negotiated schema.
+        strategy: The aggregation method.
+        budgets: Client id -> what it can hold, of clients that are known before the run.
+        joined: Client id -> first round.
+        rounds: How many.
+        fraction: Share of clients asked a round.
+        over_selection: Further share asked, so that the slowest need not be waited for.
+        quorum: Fewest accepted updates.
+        wire: Number format of releases.
+        weighting: See `strategies.base.client_weights`.
+        seed: Of selection and rounding.
+        deadline_s: Longest wait for a round's replies, or None.
+        carry_rounds: Rounds for which a straggler's update still counts; 0 drops it.
+        max_norm: See `admission.Expected`.
+    """
+
+    run_id: str
+    spec: AdapterSpec
+    strategy: Strategy
+    budgets: Mapping[str, Budget]
+    joined: Mapping[str, int]
+    rounds: int
+    fraction: float = 1.0
+    over_selection: float = 0.0
+    quorum: int = 1
+    wire: WireFormat = "fp32"
+    weighting: Any = "num_examples"
+    seed: int = 0
+    deadline_s: float | None = None
+    carry_rounds: int = 0
+    max_norm: float | None = None
+
+    def present(self, round_number: int) -> Mapping[str, Budget]:
+        """The clients that have joined by a round, where all were known before the run."""
+        return {client: self.budgets[client] for client, first in self.joined.items() if first <= round_number}
+
+
+# Settings that may differ when a run is resumed: they do not change a bit of it.
+FREE_KEYS = ("output", "resume", "threads", "checkpoints", "keep_updates", "baselines", "data.generate")
+
+
+def budgets(config: Config, spec: AdapterSpec) -> dict[str, Budget]:
+    """What each client can hold: its rank clamped per module, its scale, its download rank.
+
+    Args:
+        config: Ranks, lora_alpha, rank pattern.
+        spec: Module shapes.
+
+    Returns:
+        Client id -> budget.
+
+    Raises:
+        ConfigError: If a rank pattern names no module, or leaves nothing to train.
+    """
+    ranks = per_client(config.clients.ranks, config.clients.count, "clients.ranks")
+    pattern = config.lora.rank_pattern
+    for suffix in pattern:
+        if not any(_suffix(module, suffix) for module in spec.modules):
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in spec.modules}))
+            raise ConfigError(f"lora.rank_pattern.{suffix}: no adapted module ends so. Adapted: {known}.")
+    largest = config.clients.download_rank or _cohort_rank(config, ranks)
+    found = {}
+    for index, rank in enumerate(ranks):
+        train = {}
+        for module in spec.modules:
+            capped = min([rank, *(cap for suffix, cap in pattern.items() if _suffix(module, suffix))])
+            if capped > 0:
+                train[module] = spec.clamped(capped, module)
+        if not train and not spec.dense:
+            raise ConfigError("lora.rank_pattern: expected some module to train, every one has rank 0.")
+        found[str(index)] = Budget(
+            train=train,
+            download={module: spec.clamped(max(largest, train.get(module, 0)), module) for module in spec.modules},
+            scale={module: scale(config, rank, train[module]) for module in train},
+        )
+    return found
+
+
+def _suffix(module: str, suffix: str) -> bool:
+    return module == suffix or module.endswith("." + suffix)
+
+
+def _cohort_rank(config: Config, ranks: Sequence[int]) -> int:
+    """The sum of a cohort's ranks; under partial participation, of the largest that can meet."""
+    size = max(1, round(config.clients.fraction * len(ranks)))
+    return sum(sorted(ranks, reverse=True)[:size])
+
+
+def scale(config: Config, client_rank: int, rank: int) -> float:
+    """The runtime scale of one module at one client.
+
+    Args:
+        config: lora_alpha and rsLoRA.
+        client_rank: The client's nominal rank; without lora_alpha, lora_alpha is twice this and the scale 2.
+        rank: The module's rank after clamping.
+
+    Returns:
+        lora_alpha / rank, or lora_alpha / sqrt(rank).
+    """
+    if config.lora.lora_alpha is None:
+        return 2.0
+    return float(config.lora.lora_alpha) / (rank**0.5 if config.lora.use_rslora else rank)
+
+
+def campaign(config: Config, spec: AdapterSpec, found: Mapping[str, Budget], run_id: str) -> Campaign:
+    """The round loop's fixed values.
+
+    Args:
+        config: A checked config.
+        spec: The schema.
+        found: Client id -> budget.
+        run_id: The run's name.
+
+    Returns:
+        A campaign.
+    """
+    rank = {m: max((b.train.get(m, 0) for b in found.values()), default=0) for m in spec.modules}
+    scales = {
+        m: next((b.scale[m] for b in found.values() if b.train.get(m, 0) == rank[m] and rank[m]), 2.0) for m in rank
+    }
+    ranks = per_client(config.clients.ranks, config.clients.count, "clients.ranks")
+    options = Options(
+        rank=rank,
+        scale=scales,
+        rank_cap=config.aggregation.rank_cap or 2 * max(ranks),
+        weighting=config.aggregation.weights,  # type: ignore[arg-type]
+        learning_rate=config.aggregation.learning_rate,
+        seed=config.seed,
+    )
+    joins = per_client(config.clients.join_round, config.clients.count, "clients.join_round")
+    return Campaign(
+        run_id=run_id,
+        spec=spec,
+        strategy=build(config.strategy.name, options),
+        budgets=found,
+        joined={str(index): first for index, first in enumerate(joins)},
+        rounds=config.rounds,
+        fraction=config.clients.fraction,
+        quorum=config.clients.quorum,
+        wire=config.wire.format,  # type: ignore[arg-type]
+        weighting=config.aggregation.weights,
+        seed=config.seed,
+    )
+
+
+def fixed_settings(config: Config, spec: AdapterSpec) -> dict[str, Any]:
+    """What must be the same when a run is resumed.
+
+    Args:
+        config: The config.
+        spec: For the base's hashes.
+
+    Returns:
+        Base hashes and every setting that changes a bit. `rounds` may grow under a constant schedule.
+    """
+    keys = [key for key in known_keys() if key not in FREE_KEYS]
+    if config.train.schedule == "constant":
+        keys.remove("rounds")
+    fixed = {f"base {name} hash": value for name, value in spec.hashes.items()}
+    fixed |= {key: value_of(config, key) for key in keys}
+    return dict(json.loads(json.dumps(fixed)))
+
+
+def run_id(fixed: Mapping[str, Any]) -> str:
+    """A name that equal settings on equal data share.
+
+    Args:
+        fixed: See `identity`.
+
+    Returns:
+        12 hex digits.
+    """
+    return sha256(json.dumps(fixed, sort_keys=True, default=str).encode())[:12]

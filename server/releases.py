@@ -1,0 +1,117 @@
+"""What goes out in a round: each client's release, encoded, kept, and decoded as the client will have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lamina.protos import seeds
+from lamina.protos.adapter import EMPTY
+from lamina.protos.blobs import Blob
+from lamina.protos.codec import encode, opened
+from lamina.protos.messages import Budget, Instruction, Kind, Release
+from lamina.server.campaign import Campaign
+from lamina.strategies.base import ServerState
+from lamina.strategies.factors import pair
+
+Keep = Callable[[bytes], Blob]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A release as it went to one client and as that client decodes it.
+
+    Attributes:
+        instruction: With the encoded release.
+        budget: What it was cut to.
+        decoded: As the client has it.
+        error: See `release_error`.
+    """
+
+    instruction: Instruction
+    budget: Budget
+    decoded: Release
+    error: float
+
+
+def released(
+    campaign: Campaign, keep: Keep, state: ServerState, budgets: Mapping[str, Budget], kind: Kind = "train"
+) -> dict[str, Sent]:
+    """Each client's release, encoded, kept and decoded; equal budgets share one.
+
+    Args:
+        campaign: Strategy, wire format, seed.
+        keep: Makes a blob of an encoded part.
+        state: What is released.
+        budgets: Client id -> what it can hold, with the version that it holds already.
+        kind: What the client is asked to do with it.
+
+    Returns:
+        Client id -> what it is sent.
+    """
+    cache: dict[str, Sent] = {}
+    sent: dict[str, Sent] = {}
+    for client, budget in budgets.items():
+        key = repr(budget)
+        if key not in cache:
+            cache[key] = _encode_release(campaign, keep, state, budget, kind)
+        one = cache[key]
+        sent[client] = replace(one, instruction=replace(one.instruction, client_id=client))
+    return sent
+
+
+def _encode_release(campaign: Campaign, keep: Keep, state: ServerState, budget: Budget, kind: Kind) -> Sent:
+    release = campaign.strategy.release(state, budget)
+    rng = seeds.stream(campaign.seed, "release", state.round)
+    trainable = keep(encode(release.trainable, campaign.wire, rng))
+    frozen = None if release.frozen is None else keep(encode(release.frozen, campaign.wire, rng))
+    decoded = replace(release, trainable=opened(trainable), frozen=None if frozen is None else opened(frozen))
+    instruction = Instruction(
+        run_id=campaign.run_id,
+        round=state.round + (kind == "train"),
+        client_id="",
+        release=trainable,
+        frozen=frozen,
+        version=release.version,
+        frozen_since=release.frozen_since,
+        keep_frozen=release.keep_frozen,
+        train=release.train,
+        kind=kind,
+    )
+    return Sent(instruction, budget, decoded, release_error(state, release, decoded))
+
+
+def release_error(state: ServerState, sent: Release, decoded: Release) -> float:
+    """How far what a client holds is from the global adapter: truncation to its budget and rounding of the wire.
+
+    Args:
+        state: Whose adapter was released.
+        sent: Before encoding.
+        decoded: As the client has it.
+
+    Returns:
+        The largest Frobenius distance over modules, relative to the module's global product; 0 while that is 0.
+    """
+    worst = 0.0
+    for module, whole in state.adapter.lora.items():
+        target, additive = [pair(whole)], sent.frozen_since is not None
+        norm = _norm(target)
+        if norm == 0.0:
+            continue
+        if additive and sent.frozen is not None:
+            target = [pair(sent.frozen.lora[module])]
+        parts = [decoded.frozen or EMPTY] if additive else [decoded.trainable, decoded.frozen or EMPTY]
+        held = [pair(part.lora[module], -1.0) for part in parts if module in part.lora]
+        worst = max(worst, _norm(target + held) / norm)
+    return worst
+
+
+def _norm(pairs: Sequence[tuple[Any, Any]]) -> float:
+    """Norm of a sum of products from the Gram matrices, good to about 1e-8 of the largest term."""
+    left = np.concatenate([one for one, _ in pairs], axis=1)
+    right = np.concatenate([one for _, one in pairs])
+    squared = float(((left.T @ left) * (right @ right.T)).sum())
+    return float(np.sqrt(max(squared, 0.0)))
