@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 from collections.abc import Sequence
@@ -20,7 +21,11 @@ from lamina.protos.config import SHORTHANDS, Config, checked, known_keys
 from lamina.protos.errors import ConfigError, nearest
 
 # Keys whose values are names or paths, which Hydra's grammar would trip over where they hold spaces and the like.
-_VERBATIM = ("data.source", "model.source", "data.holdout", "data.template", "output", "resume")
+_VERBATIM = (
+    "data.source", "model.source", "data.holdout", "data.template", "output", "resume", "coordinator.spec",
+    "coordinator.listen", "coordinator.identity", "coordinator.revocations", "coordinator.metrics", "client.coordinator",
+    "client.identity", "client.policy", "client.state",
+)  # fmt: skip
 
 
 def expanded(word: str, sweeping: bool) -> str:
@@ -56,8 +61,13 @@ def _check_key(key: str) -> None:
     sections = {name.rsplit(".", 1)[0] for name in known if "." in name}
     if key in known or key in sections or any(key.startswith(open_key + ".") for open_key in ("lora.rank_pattern",)):
         return
-    leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    section, _, last = key.rpartition(".")
+    leaf = [name for name in known if name.rsplit(".", 1)[-1] == last]
+    siblings = [name.rpartition(".")[2] for name in known if section and name.startswith(section + ".")]
+    near = difflib.get_close_matches(last, siblings, 1, 0.8)
     hint = f" Did you mean {leaf[0]}?" if leaf else nearest(key, [*known, *SHORTHANDS])
+    if near:
+        hint = f" Did you mean {section}.{near[0]}?"
     raise ConfigError(f"{key}: no such key.{hint} `lamina simulate --help` lists them all.")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamina.protos.codec import WireFormat
-from lamina.protos.config import Config, known_keys, per_client, value_of
+from lamina.protos.config import Config, client_names, known_keys, per_client, value_of
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import sha256
 from lamina.protos.messages import Budget
@@ -60,7 +60,11 @@ class Campaign:
 
 
 # Settings that may differ when a run is resumed: they do not change a bit of it.
-FREE_KEYS = ("output", "resume", "threads", "checkpoints", "keep_updates", "baselines", "data.generate")
+FREE_KEYS = (
+    "output", "resume", "threads", "checkpoints", "keep_updates", "baselines", "data.generate", "insecure",
+    "clients.start", "clients.deadline_s", "clients.patience_s", "wire.chunk_bytes", "wire.heartbeat_s", "lora.rank",
+)  # fmt: skip
+FREE_SECTIONS = ("coordinator.", "client.")
 
 
 def budgets(config: Config, spec: AdapterSpec) -> dict[str, Budget]:
@@ -76,28 +80,43 @@ def budgets(config: Config, spec: AdapterSpec) -> dict[str, Budget]:
     Raises:
         ConfigError: If a rank pattern names no module, or leaves nothing to train.
     """
-    ranks = per_client(config.clients.ranks, config.clients.count, "clients.ranks")
-    pattern = config.lora.rank_pattern
-    for suffix in pattern:
+    for suffix in config.lora.rank_pattern:
         if not any(_suffix(module, suffix) for module in spec.modules):
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in spec.modules}))
             raise ConfigError(f"lora.rank_pattern.{suffix}: no adapted module ends so. Adapted: {known}.")
+    ranks = per_client(config.clients.ranks, config.clients.count, "clients.ranks")
+    return {name: budget(config, spec, rank) for name, rank in zip(client_names(config), ranks, strict=True)}
+
+
+def budget(config: Config, spec: AdapterSpec, rank: int) -> Budget:
+    """What a client of one rank can hold.
+
+    Args:
+        config: lora_alpha, rank pattern, download rank.
+        spec: Module shapes.
+        rank: The client's nominal rank.
+
+    Returns:
+        The budget.
+
+    Raises:
+        ConfigError: If the rank pattern leaves nothing to train.
+    """
+    ranks = per_client(config.clients.ranks, config.clients.count, "clients.ranks")
     largest = config.clients.download_rank or _cohort_rank(config, ranks)
-    found = {}
-    for index, rank in enumerate(ranks):
-        train = {}
-        for module in spec.modules:
-            capped = min([rank, *(cap for suffix, cap in pattern.items() if _suffix(module, suffix))])
-            if capped > 0:
-                train[module] = spec.clamped(capped, module)
-        if not train and not spec.dense:
-            raise ConfigError("lora.rank_pattern: expected some module to train, every one has rank 0.")
-        found[str(index)] = Budget(
-            train=train,
-            download={module: spec.clamped(max(largest, train.get(module, 0)), module) for module in spec.modules},
-            scale={module: scale(config, rank, train[module]) for module in train},
-        )
-    return found
+    train = {}
+    for module in spec.modules:
+        caps = (cap for suffix, cap in config.lora.rank_pattern.items() if _suffix(module, suffix))
+        capped = min([rank, *caps])
+        if capped > 0:
+            train[module] = spec.clamped(capped, module)
+    if not train and not spec.dense:
+        raise ConfigError("lora.rank_pattern: expected some module to train, every one has rank 0.")
+    return Budget(
+        train=train,
+        download={module: spec.clamped(max(largest, train.get(module, 0)), module) for module in spec.modules},
+        scale={module: scale(config, rank, train[module]) for module in train},
+    )
 
 
 def _suffix(module: str, suffix: str) -> bool:
@@ -157,13 +176,16 @@ def campaign(config: Config, spec: AdapterSpec, found: Mapping[str, Budget], run
         spec=spec,
         strategy=build(config.strategy.name, options),
         budgets=found,
-        joined={str(index): first for index, first in enumerate(joins)},
+        joined=dict(zip(client_names(config), joins, strict=True)),
         rounds=config.rounds,
         fraction=config.clients.fraction,
+        over_selection=config.clients.over_selection,
         quorum=config.clients.quorum,
         wire=config.wire.format,  # type: ignore[arg-type]
         weighting=config.aggregation.weights,
         seed=config.seed,
+        deadline_s=config.clients.deadline_s,
+        carry_rounds=config.clients.carry_rounds,
     )
 
 
@@ -177,7 +199,7 @@ def fixed_settings(config: Config, spec: AdapterSpec) -> dict[str, Any]:
     Returns:
         Base hashes and every setting that changes a bit. `rounds` may grow under a constant schedule.
     """
-    keys = [key for key in known_keys() if key not in FREE_KEYS]
+    keys = [key for key in known_keys() if key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)]
     if config.train.schedule == "constant":
         keys.remove("rounds")
     fixed = {f"base {name} hash": value for name, value in spec.hashes.items()}

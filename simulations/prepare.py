@@ -8,7 +8,7 @@ from typing import Any
 
 from lamina.client.data import Encoder, Example, check_columns, load_rows, text_columns
 from lamina.client.model import Base, BaseOptions, load_base
-from lamina.protos.config import Config
+from lamina.protos.config import Config, client_names
 from lamina.protos.errors import ConfigError, DataError
 from lamina.simulations import corpora
 from lamina.simulations.partition import Silo, deal
@@ -73,14 +73,15 @@ def prepare(config: Config, say: Callable[[str], None] = lambda text: None) -> P
     )
     _check_length(base, config)
     encoder = Encoder(base.tokenizer, data, task, labels, config.train.max_length)
-    train = {str(k): _examples(encoder, silo, "train") for k, silo in enumerate(silos)}
+    dealt = dict(zip(client_names(config), silos, strict=True))
+    train = {client: _examples(encoder, silo, "train") for client, silo in dealt.items()}
     held_out = {
-        str(k): _examples(encoder, silo, config.evaluate.split)[: config.evaluate.max_examples]
-        for k, silo in enumerate(silos)
+        client: _examples(encoder, silo, config.evaluate.split)[: config.evaluate.max_examples]
+        for client, silo in dealt.items()
     }
     return Prepared(
         base=base,
-        names={str(k): silo.name for k, silo in enumerate(silos)},
+        names={client: silo.name for client, silo in dealt.items()},
         train=train,
         held_out=held_out,
         labels=labels,

@@ -6,12 +6,9 @@ frozen, because OmegaConf could then not compose them; nothing changes a config 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
-
-from lamina.protos.errors import ConfigError, nearest
 
 SHORTHANDS: Mapping[str, str] = {
     "data": "data.source",
@@ -86,6 +83,12 @@ class ClientsConfig:
     join_round: Any = _doc(1, "first round of every client, or a list with one entry a client")
     dropout_rate: float = _doc(0.0, "chance that a client asked in a round does not answer")
     quorum: int = _doc(1, "fewest accepted updates for a round to count")
+    names: list[str] = _doc([], "names of the clients, in the order of clients.ranks; default 0, 1, 2 and so on")
+    over_selection: float = _doc(0.0, "deployment: further share asked, so that the slowest need not be waited for")
+    carry_rounds: int = _doc(0, "deployment: rounds for which a straggler's update still counts; 0 drops it")
+    start: int | None = _doc(None, "deployment: clients to wait for before the first round; default clients.count")
+    deadline_s: float = _doc(3600.0, "deployment: longest wait for clients to come, and for a round's updates")
+    patience_s: float = _doc(600.0, "deployment: a client that was silent for longer is not asked")
 
 
 @dataclass
@@ -114,6 +117,7 @@ class TrainConfig:
 class LoraConfig:
     """The adapter's shape."""
 
+    rank: int | None = _doc(None, "deployment, at a client: the rank that it trains; default: what it is offered")
     target_modules: Any = _doc("all-linear", "module-name suffixes as a list, or all-linear")
     lora_alpha: float | None = _doc(None, "scale is lora_alpha / rank; default: 2 x the client's rank, so scale 2")
     use_rslora: bool = _doc(False, "scale is lora_alpha / sqrt(rank)")
@@ -152,6 +156,8 @@ class WireConfig:
     """The number format of what travels."""
 
     format: str = _doc("fp32", "fp32, bf16, fp16 or int8")
+    chunk_bytes: int = _doc(1024**2, "deployment: bytes of an adapter in one message")
+    heartbeat_s: float = _doc(10.0, "deployment: seconds between a client's signs of life")
 
 
 @dataclass
@@ -177,6 +183,32 @@ class PrivacyConfig:
 
 
 @dataclass
+class CoordinatorConfig:
+    """The coordinator's side of a deployment."""
+
+    listen: str = _doc("127.0.0.1:8443", "host:port, the one port that is open; 0.0.0.0:8443 for every interface")
+    spec: str = _doc("", "the schema file that `lamina spec MODEL` writes")
+    identity: str = _doc("", "folder with the coordinator's certificate and keys, from `lamina pki enroll`")
+    revocations: str = _doc("", "the consortium's crl.pem, read again when it changes; default: crl.pem in identity")
+    metrics: str = _doc("", "host:port of a Prometheus endpoint, without TLS; empty is off")
+    uploads: int = _doc(8, "uploads that are written at one time; others wait")
+    drain_s: float = _doc(30.0, "on SIGTERM, longest wait for uploads that are under way")
+
+
+@dataclass
+class ClientConfig:
+    """A site's side of a deployment."""
+
+    coordinator: str = _doc("", "host:port of the coordinator")
+    identity: str = _doc("", "folder with the site's certificate and keys, from `lamina pki enroll`")
+    name: str = _doc("", "with insecure=true only: the client's name; otherwise the certificate says it")
+    policy: str = _doc("", "the site's policy file; what it does not allow is refused here")
+    state: str = _doc("lamina-site", "folder for the last update and whatever else must outlive a restart")
+    stay: bool = _doc(False, "wait for the next run when one is finished")
+    give_up_s: float | None = _doc(None, "end when the coordinator was out of reach for so long; default: never")
+
+
+@dataclass
 class Config:
     """Everything about a run."""
 
@@ -195,6 +227,9 @@ class Config:
     wire: WireConfig = field(default_factory=WireConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)
+    insecure: bool = _doc(False, "deployment without certificates, on the loopback interface only")
     engine: str = _doc("sequential", "sequential: one frozen base in this process")
     baselines: list[str] = _doc([], "any of base, local, central, measured in the same run")
     keep_updates: bool = _doc(False, "keep every decoded update and release, for audits")
@@ -203,59 +238,6 @@ class Config:
     threads: int = _doc(0, "CPU threads; 0 leaves the default")
     output: str = _doc("", "run directory; default outputs/<date>/<time>")
     resume: str = _doc("", "run directory to continue")
-
-
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "task": ("causal-lm", "sequence-classification"),
-    "strategy.name": ("recompress", "residual", "stack", "fedavg", "zeropad", "flexlora"),
-    "partition.kind": ("natural", "dirichlet", "iid", "shards"),
-    "train.schedule": ("constant", "cosine"),
-    "train.precision": ("auto", "fp32", "bf16"),
-    "train.device": ("auto", "cpu", "cuda", "mps", "xpu"),
-    "aggregation.weights": ("num_examples", "uniform", "contributors"),
-    "wire.format": ("fp32", "bf16", "fp16", "int8"),
-    "evaluate.split": ("test", "tune"),
-    "data.loss_on": ("auto", "response", "all"),
-    "engine": ("sequential",),
-    "adapter.kind": ("lora",),
-    "lora.allocation": ("uniform",),
-    "quantisation.format": ("fp32",),
-    "privacy.mode": ("none",),
-    "privacy.unit": ("record", "user"),
-}
-
-# Key -> (lowest, highest, whether the lowest itself is allowed).
-_RANGES: Mapping[str, tuple[float, float, bool]] = {
-    "rounds": (1, 1_000_000, True),
-    "clients.count": (1, 1_000_000, True),
-    "clients.fraction": (0, 1, False),
-    "clients.dropout_rate": (0, 1, True),
-    "clients.quorum": (1, 1_000_000, True),
-    "clients.download_rank": (1, 1_000_000, True),
-    "partition.dirichlet_alpha": (0, math.inf, False),
-    "partition.shards_per_client": (1, 1_000_000, True),
-    "partition.min_examples": (1, math.inf, True),
-    "train.local_steps": (1, 1_000_000_000, True),
-    "train.batch_size": (1, 1_000_000, True),
-    "train.accumulation": (1, 1_000_000, True),
-    "train.max_length": (2, 10_000_000, True),
-    "train.learning_rate": (0, math.inf, True),
-    "train.warmup_steps": (0, math.inf, True),
-    "train.final_learning_rate": (0, 1, True),
-    "train.weight_decay": (0, math.inf, True),
-    "train.max_grad_norm": (0, math.inf, True),
-    "train.proximal": (0, math.inf, True),
-    "lora.lora_alpha": (0, math.inf, False),
-    "aggregation.rank_cap": (1, math.inf, True),
-    "aggregation.learning_rate": (0, math.inf, False),
-    "evaluate.every": (1, math.inf, True),
-    "evaluate.max_examples": (1, math.inf, True),
-    "evaluate.batch_size": (1, math.inf, True),
-    "data.generate": (0, 1000, True),
-    "checkpoints": (1, math.inf, True),
-    "threads": (0, 4096, True),
-    "seed": (0, 2**62, True),
-}
 
 
 def known_keys() -> dict[str, str]:
@@ -292,114 +274,3 @@ def value_of(config: Config, key: str) -> Any:
     for part in key.split("."):
         node = getattr(node, part)
     return node
-
-
-def per_client(value: Any, count: int, key: str) -> list[int]:
-    """One positive integer a client, from a single value or a list.
-
-    Args:
-        value: An int, or a sequence of ints.
-        count: Number of clients.
-        key: The config key, for messages.
-
-    Returns:
-        `count` integers.
-
-    Raises:
-        ConfigError: If the list has another length, or an entry is no integer >= 1.
-    """
-    listed = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count
-    if len(listed) != count:
-        raise ConfigError(
-            f"{key}: expected one entry for each of {count} clients or a single value, got {len(listed)} entries. "
-            f"Set clients.count={len(listed)}, or give {count} entries."
-        )
-    for index, entry in enumerate(listed):
-        if isinstance(entry, bool) or not isinstance(entry, int) or entry < 1:
-            raise ConfigError(f"{key}: expected integers >= 1, got {entry!r} for client {index}.")
-    return listed
-
-
-def checked(config: Config) -> Config:
-    """The config itself, if every value is possible and every asked feature exists.
-
-    Args:
-        config: A composed config.
-
-    Returns:
-        The same object.
-
-    Raises:
-        ConfigError: Naming all keys that are wrong, what was expected and what to set.
-    """
-    wrong: list[str] = []
-    for key, choices in _CHOICES.items():
-        value = value_of(config, key)
-        if value not in choices:
-            wrong.append(f"{key}={value}: expected one of {', '.join(choices)}.{nearest(str(value), choices)}")
-    for key, (low, high, closed) in _RANGES.items():
-        value = value_of(config, key)
-        if value is None:
-            continue
-        if not (low <= value <= high) or (value == low and not closed) or not math.isfinite(value):
-            bracket = "[" if closed else "("
-            wrong.append(f"{key}={value}: expected a number in {bracket}{low:g}, {high:g}].")
-    for name in config.baselines:
-        if name not in ("base", "local", "central"):
-            wrong.append(f"baselines: expected any of base, local, central, got {name!r}.")
-    if config.clients.dropout_rate >= 1:
-        wrong.append("clients.dropout_rate: expected less than 1, or nobody would ever answer.")
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-    _check_together(config)
-    return config
-
-
-def _check_together(config: Config) -> None:
-    """Raise for values that are possible alone and not together."""
-    clients = config.clients
-    ranks = per_client(clients.ranks, clients.count, "clients.ranks")
-    per_client(clients.join_round, clients.count, "clients.join_round")
-    if config.strategy.name == "fedavg" and len(set(ranks)) > 1:
-        raise ConfigError(
-            f"strategy=fedavg averages factors and needs one rank, got clients.ranks={ranks}. "
-            "Set clients.ranks to one value, or strategy=recompress, which is exact for unequal ranks."
-        )
-    if config.train.keep_optimizer and config.strategy.name not in ("fedavg", "zeropad"):
-        raise ConfigError(
-            f"train.keep_optimizer=true: {config.strategy.name} factorises anew each round, so the kept moments would "
-            "belong to other coordinates. Set train.keep_optimizer=false, or strategy=fedavg or zeropad."
-        )
-    if bool(config.data.prompt_column) != bool(config.data.response_column):
-        raise ConfigError(
-            "data.prompt_column and data.response_column: expected both or neither. Set the other one too."
-        )
-    if config.data.messages_column and config.data.prompt_column:
-        raise ConfigError("data.messages_column and data.prompt_column: expected one of them. Unset the other.")
-    if config.lora.use_rslora and config.lora.lora_alpha is None:
-        raise ConfigError(
-            "lora.use_rslora=true: expected lora.lora_alpha, the scale is lora_alpha / sqrt(rank). Set it."
-        )
-    targets = config.lora.target_modules
-    listed = [targets] if isinstance(targets, str) else list(targets) if isinstance(targets, Sequence) else [None]
-    if not listed or not all(isinstance(one, str) and one for one in listed):
-        raise ConfigError(f"lora.target_modules={targets!r}: expected all-linear, or a list of module-name suffixes.")
-    if clients.quorum > clients.count:
-        raise ConfigError(f"clients.quorum={clients.quorum}: expected at most clients.count={clients.count}.")
-    if not isinstance(config.lora.rank_pattern, Mapping):
-        raise ConfigError(
-            f"lora.rank_pattern: expected a mapping of module suffix to rank, got {config.lora.rank_pattern!r}."
-        )
-    for suffix, rank in config.lora.rank_pattern.items():
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            raise ConfigError(f"lora.rank_pattern.{suffix}: expected an integer >= 0, got {rank!r}.")
-    _holdout(config.data.holdout)
-
-
-def _holdout(value: str) -> None:
-    try:
-        share = float(value)
-    except ValueError:
-        return  # a file
-    if not 0 < share <= 0.4:
-        raise ConfigError(f"data.holdout={value}: expected a share in (0, 0.4], or a file of test rows.")

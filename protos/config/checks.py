@@ -1,0 +1,201 @@
+"""Whether a config is possible: each value alone, then values together. Every message says what to set instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lamina.protos.config.tree import Config, value_of
+from lamina.protos.errors import ConfigError, nearest
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "task": ("causal-lm", "sequence-classification"),
+    "strategy.name": ("recompress", "residual", "stack", "fedavg", "zeropad", "flexlora"),
+    "partition.kind": ("natural", "dirichlet", "iid", "shards"),
+    "train.schedule": ("constant", "cosine"),
+    "train.precision": ("auto", "fp32", "bf16"),
+    "train.device": ("auto", "cpu", "cuda", "mps", "xpu"),
+    "aggregation.weights": ("num_examples", "uniform", "contributors"),
+    "wire.format": ("fp32", "bf16", "fp16", "int8"),
+    "evaluate.split": ("test", "tune"),
+    "data.loss_on": ("auto", "response", "all"),
+    "engine": ("sequential",),
+    "adapter.kind": ("lora",),
+    "lora.allocation": ("uniform",),
+    "quantisation.format": ("fp32",),
+    "privacy.mode": ("none",),
+    "privacy.unit": ("record", "user"),
+}
+
+# Key -> (lowest, highest, whether the lowest itself is allowed).
+_RANGES: Mapping[str, tuple[float, float, bool]] = {
+    "rounds": (1, 1_000_000, True),
+    "clients.count": (1, 1_000_000, True),
+    "clients.fraction": (0, 1, False),
+    "clients.dropout_rate": (0, 1, True),
+    "clients.quorum": (1, 1_000_000, True),
+    "clients.over_selection": (0, 10, True),
+    "clients.carry_rounds": (0, 1_000_000, True),
+    "clients.start": (1, 1_000_000, True),
+    "clients.deadline_s": (0, 1e9, False),
+    "clients.patience_s": (0, 1e9, False),
+    "lora.rank": (1, 1_000_000, True),
+    "wire.chunk_bytes": (1024, 16 * 1024**2, True),
+    "wire.heartbeat_s": (0, 3600, False),
+    "coordinator.uploads": (1, 10_000, True),
+    "coordinator.drain_s": (0, 86_400, True),
+    "client.give_up_s": (0, 1e9, True),
+    "clients.download_rank": (1, 1_000_000, True),
+    "partition.dirichlet_alpha": (0, math.inf, False),
+    "partition.shards_per_client": (1, 1_000_000, True),
+    "partition.min_examples": (1, math.inf, True),
+    "train.local_steps": (1, 1_000_000_000, True),
+    "train.batch_size": (1, 1_000_000, True),
+    "train.accumulation": (1, 1_000_000, True),
+    "train.max_length": (2, 10_000_000, True),
+    "train.learning_rate": (0, math.inf, True),
+    "train.warmup_steps": (0, math.inf, True),
+    "train.final_learning_rate": (0, 1, True),
+    "train.weight_decay": (0, math.inf, True),
+    "train.max_grad_norm": (0, math.inf, True),
+    "train.proximal": (0, math.inf, True),
+    "lora.lora_alpha": (0, math.inf, False),
+    "aggregation.rank_cap": (1, math.inf, True),
+    "aggregation.learning_rate": (0, math.inf, False),
+    "evaluate.every": (1, math.inf, True),
+    "evaluate.max_examples": (1, math.inf, True),
+    "evaluate.batch_size": (1, math.inf, True),
+    "data.generate": (0, 1000, True),
+    "checkpoints": (1, math.inf, True),
+    "threads": (0, 4096, True),
+    "seed": (0, 2**62, True),
+}
+
+
+def per_client(value: Any, count: int, key: str) -> list[int]:
+    """One positive integer a client, from a single value or a list.
+
+    Args:
+        value: An int, or a sequence of ints.
+        count: Number of clients.
+        key: The config key, for messages.
+
+    Returns:
+        `count` integers.
+
+    Raises:
+        ConfigError: If the list has another length, or an entry is no integer >= 1.
+    """
+    listed = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count
+    if len(listed) != count:
+        raise ConfigError(
+            f"{key}: expected one entry for each of {count} clients or a single value, got {len(listed)} entries. "
+            f"Set clients.count={len(listed)}, or give {count} entries."
+        )
+    for index, entry in enumerate(listed):
+        if isinstance(entry, bool) or not isinstance(entry, int) or entry < 1:
+            raise ConfigError(f"{key}: expected integers >= 1, got {entry!r} for client {index}.")
+    return listed
+
+
+def checked(config: Config) -> Config:
+    """The config itself, if every value is possible and every asked feature exists.
+
+    Args:
+        config: A composed config.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ConfigError: Naming all keys that are wrong, what was expected and what to set.
+    """
+    wrong: list[str] = []
+    for key, choices in _CHOICES.items():
+        value = value_of(config, key)
+        if value not in choices:
+            wrong.append(f"{key}={value}: expected one of {', '.join(choices)}.{nearest(str(value), choices)}")
+    for key, (low, high, closed) in _RANGES.items():
+        value = value_of(config, key)
+        if value is None:
+            continue
+        if not (low <= value <= high) or (value == low and not closed) or not math.isfinite(value):
+            bracket = "[" if closed else "("
+            wrong.append(f"{key}={value}: expected a number in {bracket}{low:g}, {high:g}].")
+    for name in config.baselines:
+        if name not in ("base", "local", "central"):
+            wrong.append(f"baselines: expected any of base, local, central, got {name!r}.")
+    if config.clients.dropout_rate >= 1:
+        wrong.append("clients.dropout_rate: expected less than 1, or nobody would ever answer.")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    _check_together(config)
+    return config
+
+
+def _check_together(config: Config) -> None:
+    """Raise for values that are possible alone and not together."""
+    clients = config.clients
+    ranks = per_client(clients.ranks, clients.count, "clients.ranks")
+    per_client(clients.join_round, clients.count, "clients.join_round")
+    if config.strategy.name == "fedavg" and len(set(ranks)) > 1:
+        raise ConfigError(
+            f"strategy=fedavg averages factors and needs one rank, got clients.ranks={ranks}. "
+            "Set clients.ranks to one value, or strategy=recompress, which is exact for unequal ranks."
+        )
+    if config.train.keep_optimizer and config.strategy.name not in ("fedavg", "zeropad"):
+        raise ConfigError(
+            f"train.keep_optimizer=true: {config.strategy.name} factorises anew each round, so the kept moments would "
+            "belong to other coordinates. Set train.keep_optimizer=false, or strategy=fedavg or zeropad."
+        )
+    if bool(config.data.prompt_column) != bool(config.data.response_column):
+        raise ConfigError(
+            "data.prompt_column and data.response_column: expected both or neither. Set the other one too."
+        )
+    if config.data.messages_column and config.data.prompt_column:
+        raise ConfigError("data.messages_column and data.prompt_column: expected one of them. Unset the other.")
+    if config.lora.use_rslora and config.lora.lora_alpha is None:
+        raise ConfigError(
+            "lora.use_rslora=true: expected lora.lora_alpha, the scale is lora_alpha / sqrt(rank). Set it."
+        )
+    targets = config.lora.target_modules
+    listed = [targets] if isinstance(targets, str) else list(targets) if isinstance(targets, Sequence) else [None]
+    if not listed or not all(isinstance(one, str) and one for one in listed):
+        raise ConfigError(f"lora.target_modules={targets!r}: expected all-linear, or a list of module-name suffixes.")
+    if clients.names and (len(set(clients.names)) != len(clients.names) or len(clients.names) != clients.count):
+        raise ConfigError(
+            f"clients.names: expected {clients.count} different names, one a client, got {len(clients.names)} "
+            f"({len(set(clients.names))} different). Set clients.count={len(set(clients.names))}, or name every client."
+        )
+    if clients.quorum > clients.count:
+        raise ConfigError(f"clients.quorum={clients.quorum}: expected at most clients.count={clients.count}.")
+    if not isinstance(config.lora.rank_pattern, Mapping):
+        raise ConfigError(
+            f"lora.rank_pattern: expected a mapping of module suffix to rank, got {config.lora.rank_pattern!r}."
+        )
+    for suffix, rank in config.lora.rank_pattern.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+            raise ConfigError(f"lora.rank_pattern.{suffix}: expected an integer >= 0, got {rank!r}.")
+    _holdout(config.data.holdout)
+
+
+def _holdout(value: str) -> None:
+    try:
+        share = float(value)
+    except ValueError:
+        return  # a file
+    if not 0 < share <= 0.4:
+        raise ConfigError(f"data.holdout={value}: expected a share in (0, 0.4], or a file of test rows.")
+
+
+def client_names(config: Config) -> list[str]:
+    """The clients' ids, in the order of `clients.ranks`.
+
+    Args:
+        config: A checked config.
+
+    Returns:
+        `clients.names`, or 0, 1, 2 and so on.
+    """
+    return list(config.clients.names) or [str(index) for index in range(config.clients.count)]
