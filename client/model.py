@@ -162,7 +162,13 @@ def load_base(options: BaseOptions) -> Base:
     targets = target_modules(model, options.target_modules, new)
     dense = {name: model.get_parameter(name).detach().float().cpu().numpy().copy() for name in new}
     spec = AdapterSpec(
-        modules=targets, task=options.task, labels=options.labels, dense=dense, base_model=options.source, hashes=hashes
+        modules=targets,
+        task=options.task,
+        labels=options.labels,
+        dense=dense,
+        base_model=options.source,
+        hashes=hashes,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
     )
     revision = getattr(model.config, "_commit_hash", None) or options.revision
     return _with_slots(model, tokenizer, spec, pick_device(options.device), revision)
@@ -266,10 +272,9 @@ def _matches(name: str, suffix: str) -> bool:
 
 
 def _with_slots(model: Any, tokenizer: Any, spec: AdapterSpec, device: torch.device, revision: str) -> Base:
-    conv = any(isinstance(model.get_submodule(name), Conv1D) for name in spec.modules)
     model = get_peft_model(
         model,
-        PeftLoraConfig(r=1, lora_alpha=1, target_modules=list(spec.modules), fan_in_fan_out=conv, lora_dropout=0.0),
+        PeftLoraConfig(r=1, lora_alpha=1, target_modules=list(spec.modules), fan_in_fan_out=spec.fan_in_fan_out, lora_dropout=0.0),
     )
     model.requires_grad_(False)
     base = Base(model.to(device).eval(), tokenizer, spec, device, revision)

@@ -64,7 +64,16 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         write_atomic(partial / name, content)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Return when the names in a folder are on disk.
+
+    Args:
+        path: The folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

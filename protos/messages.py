@@ -89,11 +89,13 @@ class Rejection:
         client_id: Who sent it.
         reason: A short code: see `server.admission`.
         message: Expected, got, and what the client should change.
+        final: Whether the client is done with the round; otherwise it may still send what it should.
     """
 
     client_id: str
     reason: str
     message: str = ""
+    final: bool = True
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class AdapterSpec:
         dense: Name -> initial value, float32, of each parameter that is trained whole.
         base_model: What the base was called: a name, directory or hub id.
         hashes: SHA-256 (hex) over `weights`, `config`, `tokenizer` and `chat_template` of the full-precision base.
+        fan_in_fan_out: Whether the base keeps the weights of these modules transposed, as GPT-2 does.
     """
 
     modules: Mapping[str, tuple[int, int]]
@@ -36,6 +37,7 @@ class AdapterSpec:
     dense: Mapping[str, Array] = field(default_factory=dict)
     base_model: str = ""
     hashes: Mapping[str, str] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
 
     def clamped(self, rank: int, module: str) -> int:
         """A rank cut to what the module's shape admits.
@@ -97,6 +99,7 @@ class AdapterSpec:
             "labels": list(self.labels),
             "base_model": self.base_model,
             "hashes": dict(self.hashes),
+            "fan_in_fan_out": self.fan_in_fan_out,
             "modules": {name: list(shape) for name, shape in self.modules.items()},
             "dense": dense,
         }
@@ -129,6 +132,7 @@ def from_json(text: str, where: str = "spec.json") -> AdapterSpec:
             dense=dense,
             base_model=document["base_model"],
             hashes=document["hashes"],
+            fan_in_fan_out=bool(document.get("fan_in_fan_out", False)),
         )
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(f"{where}: expected a spec written by `lamina spec MODEL`, got {error!r}.") from None

@@ -109,6 +109,27 @@ def load_last(run_dir: Path) -> Checkpoint | None:
         raise CheckpointError(f"{path}: expected a complete checkpoint, got {error}. {older}") from None
 
 
+def load_newest_whole(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole; those after it that are not are set aside under other names.
+
+    Args:
+        run_dir: The run directory.
+
+    Returns:
+        The checkpoint, or None where none is whole, and what was wrong with those set aside.
+    """
+    wrong: list[str] = []
+    while True:
+        try:
+            return load_last(run_dir), wrong
+        except CheckpointError as error:
+            wrong.append(str(error))
+            damaged = folder(run_dir, _rounds(run_dir)[-1])
+            aside = damaged.with_name(f"damaged-{damaged.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+
+
 def _load(path: Path) -> Checkpoint:
     text, checksum, *_ = [*(path / "state.json").read_text().rsplit("\n", 2), "", ""]
     if sha256(text.encode()) != checksum:

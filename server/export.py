@@ -46,7 +46,7 @@ def peft_config(adapter: Adapter, spec: AdapterSpec) -> dict[str, Any]:
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": spec.fan_in_fan_out,
         "init_lora_weights": True,
     }
 
@@ -73,20 +73,18 @@ def peft_tensors(adapter: Adapter) -> dict[str, Array]:
     return tensors
 
 
-def write_adapter(folder: Path, adapter: Adapter, spec: AdapterSpec, fan_in_fan_out: bool = False) -> None:
+def write_adapter(folder: Path, adapter: Adapter, spec: AdapterSpec) -> None:
     """Write `adapter_config.json`, `adapter_model.safetensors` and `spec.json`; the folder appears whole.
 
     Args:
         folder: Where.
         adapter: The global adapter.
         spec: What it belongs to.
-        fan_in_fan_out: Whether the base keeps its weights transposed (GPT-2).
     """
-    config = peft_config(adapter, spec) | {"fan_in_fan_out": fan_in_fan_out}
     write_folder(
         folder,
         {
-            "adapter_config.json": (json.dumps(config, indent=1) + "\n").encode(),
+            "adapter_config.json": (json.dumps(peft_config(adapter, spec), indent=1) + "\n").encode(),
             "adapter_model.safetensors": bytes(save(peft_tensors(adapter), {"format": "pt"})),
             "spec.json": spec.to_json().encode(),
         },

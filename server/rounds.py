@@ -64,11 +64,13 @@ class Collected:
         updates: Client id -> admitted update.
         rejections: What was refused, and what clients reported as failed.
         num_bytes: Of all that arrived.
+        closed: Whether no further update counts.
     """
 
     updates: dict[str, Update] = field(default_factory=dict)
     rejections: list[Rejection] = field(default_factory=list)
     num_bytes: int = 0
+    closed: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,21 @@ class Store:
 
     def reject(self, round_number: int, rejection: Rejection) -> None:
         """Count a refusal."""
+
+    def refused(self, round_number: int) -> Sequence[Rejection]:
+        """Refusals that did not pass through the loop: of messages that were no answer, or came as the round closed."""
+        return ()
+
+    def unjudged(self, round_number: int) -> Sequence[Reply]:
+        """Updates that had been received and not judged when the loop was interrupted."""
+        return ()
+
+    def held(self, held: Mapping[str, int]) -> Mapping[str, int]:
+        """The versions that clients still hold, of those that they were given."""
+        return held
+
+    def close(self, round_number: int) -> None:
+        """Return only when a restarted loop would aggregate the updates admitted so far, and no others."""
 
     def save(self, completed: Completed) -> None:
         """Return only when the round's result would survive a crash. Nothing of it is announced before."""
@@ -197,13 +214,16 @@ def run_round(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Comple
         round_open = _open(loop, state, held)
         loop.store.open(round_open)
     collected = loop.store.collected(number)
-    _collect(loop, round_open, collected)
+    if not collected.closed:
+        _collect(loop, round_open, collected)
     if len(collected.updates) < loop.campaign.quorum:
         reasons = ", ".join(sorted({r.reason for r in collected.rejections})) or "no reply"
         raise QuorumNotReached(
             f"round {number}: expected at least {loop.campaign.quorum} accepted updates of {len(round_open.sent)} asked, "
             f"got {len(collected.updates)} ({reasons}). Resume when more clients can answer, or lower clients.quorum."
         )
+    loop.store.close(number)
+    collected.rejections += loop.store.refused(number)
     completed = _step(loop.campaign, state, held, round_open, collected)
     loop.store.save(completed)
     return _announce(loop, completed, started)
@@ -302,25 +322,32 @@ def _open(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Opened:
     pool = {c: b for c, b in (loop.present or campaign.present)(number).items() if c not in carried}
     asked = selection.cohort(campaign.seed, number, pool, campaign.fraction * (1 + campaign.over_selection))
     fewer = selection.size(len(pool), campaign.fraction)
-    budgets = {client: replace(pool[client], held_version=held.get(client, -1)) for client in asked}
+    still = loop.store.held(held)
+    budgets = {client: replace(pool[client], held_version=still.get(client, -1)) for client in asked}
     sent = released(campaign, loop.store.keep, state, budgets)
     return Opened(number, dict(sorted({**carried, **sent}.items())), fewer + len(carried))
 
 
 def _collect(loop: Loop, round_open: Opened, collected: Collected) -> None:
     """Admit what arrives until the round is full; a client's fault is a counted rejection."""
+    for reply in loop.store.unjudged(round_open.round):
+        _judge(loop, round_open, reply, collected)
     answered = {*collected.updates, *(rejection.client_id for rejection in collected.rejections)}
     outstanding = [one.instruction for client, one in round_open.sent.items() if client not in answered]
     loop.channel.offer(outstanding)
     if not outstanding or len(collected.updates) >= round_open.wanted:
         return
     for reply in loop.channel.replies(loop.campaign.deadline_s):
-        rejection = _admitted(loop, round_open, reply, collected)
-        if rejection is not None:
-            loop.store.reject(round_open.round, rejection)
-            collected.rejections.append(rejection)
+        _judge(loop, round_open, reply, collected)
         if len(round_open.sent) > round_open.wanted <= len(collected.updates):
             return  # over-selected, and enough have answered
+
+
+def _judge(loop: Loop, round_open: Opened, reply: Reply, collected: Collected) -> None:
+    rejection = _admitted(loop, round_open, reply, collected)
+    if rejection is not None:
+        loop.store.reject(round_open.round, rejection)
+        collected.rejections.append(rejection)
 
 
 def _admitted(loop: Loop, round_open: Opened, reply: Reply, collected: Collected) -> Rejection | None:

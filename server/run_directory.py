@@ -93,7 +93,23 @@ def resume(path: Path, identity: Mapping[str, Any]) -> Resumed | None:
     Raises:
         CheckpointError: If it is corrupt, or belongs to another base or other settings.
     """
-    last = checkpoint.load_last(path)
+    return from_checkpoint(path, identity, checkpoint.load_last(path))
+
+
+def from_checkpoint(path: Path, identity: Mapping[str, Any], last: Checkpoint | None) -> Resumed | None:
+    """See `resume`; from a checkpoint that is loaded already.
+
+    Args:
+        path: The run directory.
+        identity: What the run is now.
+        last: The checkpoint, or None to begin again.
+
+    Returns:
+        The round, or None where none was completed.
+
+    Raises:
+        CheckpointError: If it belongs to another base or other settings.
+    """
     if last is None:
         write_atomic(path / "rounds.jsonl", "")
         return None

@@ -17,8 +17,8 @@ from lamina.protos.config import Config, checked
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import write_json
 from lamina.server import campaign as campaigns
-from lamina.server import export, run_directory
-from lamina.server.report import write_report
+from lamina.server import run_directory
+from lamina.server.finish import Run, summarise, write_results
 from lamina.server.rounds import Completed, Evaluation, Loop
 from lamina.server.rounds import run as run_rounds
 from lamina.simulations import engine
@@ -99,13 +99,9 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
     final = latest.get(state.round) or engine.evaluate(prepared, state.adapter, config, f"round {state.round}")
     baselines = measure_baselines(config, prepared, found, base_figures, watcher.say)
     clock = {"total": time.monotonic() - started, "base": base_seconds}
-    summary = summarise(config, prepared, path, (base_figures, final), clock)
-    summary |= {
-        "run_id": campaign.run_id,
-        "baselines": baselines,
-        "client_ranks": _ranks(found),
-        "corpus": dict(prepared.corpus),
-    }
+    run = Run(campaign.run_id, prepared.names, found, "exported")
+    summary = summarise(config, run, path, (base_figures, final), clock)
+    summary |= {"baselines": baselines, "corpus": dict(prepared.corpus)}
     _write(path, state, prepared, summary, config)
     return Finished(path, summary)
 
@@ -131,87 +127,7 @@ def _start(config: Config, path: Path, fixed: Mapping[str, Any], cohort: engine.
     return resumed.completed
 
 
-def _ranks(found: Mapping[str, Any]) -> dict[str, int]:
-    return {client: max(budget.train.values(), default=0) for client, budget in found.items()}
-
-
-def summarise(
-    config: Config,
-    prepared: Prepared,
-    path: Path,
-    figures: tuple[Evaluation, Evaluation],
-    clock: Mapping[str, float],
-) -> dict[str, Any]:
-    """`summary.json`, without what `simulate` adds.
-
-    Args:
-        config: The config.
-        prepared: For the silos' names.
-        path: The run directory, whose records are added up.
-        figures: Of the base and of the final global adapter.
-        clock: Seconds in `total` and for the `base` figures.
-
-    Returns:
-        The document.
-    """
-    records = run_directory.read_records(path)
-    base, final = figures
-    per_client = {}
-    for client, after in final.per_client.items():
-        before = base.per_client[client]
-        per_client[client] = {
-            "name": prepared.names[client],
-            "base_loss": before["loss"],
-            "final_loss": after["loss"],
-            "tokens": int(after["tokens"]),
-        }
-        if "accuracy" in after:
-            per_client[client] |= {"base_accuracy": before["accuracy"], "final_accuracy": after["accuracy"]}
-
-    def added(key: str) -> float:
-        return float(sum(record[key] for record in records))
-
-    return {
-        "schema": 1,
-        "run_id": "",
-        "strategy": config.strategy.name,
-        "rounds": len(records),
-        "clients": config.clients.count,
-        "seed": config.seed,
-        "eval": {
-            "view": "exported",
-            "split": config.evaluate.split,
-            "base_loss": base.loss,
-            "final_loss": final.loss,
-            "base_accuracy": base.accuracy,
-            "final_accuracy": final.accuracy,
-            "per_client": per_client,
-        },
-        "communication": {"bytes_up": int(added("bytes_up")), "bytes_down": int(added("bytes_down"))},
-        "aggregation": {
-            "seconds": added("seconds_aggregate"),
-            "relative_error": max((record["relative_error"] for record in records), default=0.0),
-            "release_error": max((record["release_error"] for record in records), default=0.0),
-        },
-        "privacy": None,
-        "rejections": sum(len(record["rejections"]) for record in records),
-        "seconds": {
-            "total": clock["total"],
-            "train": added("seconds_train"),
-            "aggregate": added("seconds_aggregate"),
-            "evaluate": added("seconds_evaluate") + clock["base"],
-        },
-        "adapter": "adapter",
-    }
-
-
 def _write(path: Path, state: ServerState, prepared: Prepared, summary: Mapping[str, Any], config: Config) -> None:
-    spec = prepared.base.spec
-    fan = bool(getattr(prepared.base.model.peft_config["default"], "fan_in_fan_out", False))
-    export.write_adapter(path / "adapter", state.adapter, spec, fan)
-    export.write_card(path / "adapter", summary, spec, {"data": vars(config.data), "partition": vars(config.partition)})
-    run_directory.write_layers(path, state)
     if config.task == "causal-lm" and config.data.generate:
         write_json(path / "generations.json", generations(prepared, state.adapter, config))
-    write_json(path / "summary.json", summary)
-    write_report([path], path / "report.html")
+    write_results(path, state, prepared.base.spec, summary, config)

@@ -192,6 +192,7 @@ class CoordinatorConfig:
     revocations: str = _doc("", "the consortium's crl.pem, read again when it changes; default: crl.pem in identity")
     metrics: str = _doc("", "host:port of a Prometheus endpoint, without TLS; empty is off")
     uploads: int = _doc(8, "uploads that are written at one time; others wait")
+    linger_s: float = _doc(0.0, "after the end, seconds in which operators can still fetch")
     drain_s: float = _doc(30.0, "on SIGTERM, longest wait for uploads that are under way")
 
 

@@ -1,0 +1,376 @@
+"""A coordinator from config to run directory: open or resume, listen, run the rounds, write what a reader needs.
+
+Started again on the same directory, it goes on where it was killed. The round loop runs in the calling thread; the port's
+threads meet it in the mailbox and the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lamina.protos import compose
+from lamina.protos import identity as identities
+from lamina.protos import spec as specs
+from lamina.protos.blobs import Blob
+from lamina.protos.clock import SYSTEM, Clock
+from lamina.protos.config import Config, checked
+from lamina.protos.errors import CheckpointError, ConfigError, IdentityError
+from lamina.protos.files import sha256, write_atomic
+from lamina.protos.identity import Identity
+from lamina.server import campaign as campaigns
+from lamina.server import checkpoint, events, run_directory
+from lamina.server.access import Access
+from lamina.server.blob_store import BlobStore
+from lamina.server.campaign import Campaign
+from lamina.server.database import Database, set_fact
+from lamina.server.finish import Run as Finished
+from lamina.server.finish import summarise, write_results
+from lamina.server.logs import Log
+from lamina.server.mailbox import Mailbox, Stopped
+from lamina.server.measuring import Measuring
+from lamina.server.metrics import Metrics
+from lamina.server.port import check_exposed, listen
+from lamina.server.roster import Roster
+from lamina.server.rounds import Completed, Evaluation, Loop
+from lamina.server.rounds import run as run_rounds
+from lamina.server.service import Run
+from lamina.server.store import DeploymentStore
+from lamina.strategies.base import ServerState
+
+DATABASE = "coordinator.sqlite"
+_LOOK_S = 1.0
+# How long clients that hang on the line are given to hear that the run is over.
+_FAREWELL_S = 10.0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run whose directory is open.
+
+    Attributes:
+        run: For the port.
+        identity: The coordinator's, or None without certificates.
+        resumed: The last durable round, or None.
+    """
+
+    run: Run
+    identity: Identity | None
+    resumed: Completed | None
+
+
+def serve(
+    config: Config, path: Path, log: Log, clock: Clock = SYSTEM, ready: Callable[[int], None] | None = None
+) -> int:
+    """Run a coordinator to the end of its run.
+
+    Args:
+        config: A composed config.
+        path: The run directory; one that holds this run already is gone on with.
+        log: Told what happens.
+        clock: For time-outs.
+        ready: Told the number of the port once it is open.
+
+    Returns:
+        Exit code 0: finished, stopped by an operator, or drained.
+
+    Raises:
+        LaminaError: See the tree in `protos.errors`. Whatever had been completed is in the directory.
+    """
+    checked(config)
+    check_exposed(config.coordinator.listen, config.insecure, "coordinator.listen")
+    started = time.monotonic()
+    opened = open_run(config, path, log, clock)
+    run = opened.run
+    server, number, _ = listen(run, opened.identity)
+    log("listening", port=number, run_id=run.campaign.run_id, insecure=config.insecure or None, output=str(path))
+    metrics = Metrics(
+        live=lambda: len(run.roster.heard(3 * config.wire.heartbeat_s)), uploading=lambda: float(run.live.uploads)
+    )
+    closing: list[Callable[[], None]] = []
+    if config.coordinator.metrics:
+        endpoint, _ = metrics.serve(config.coordinator.metrics)
+        closing.append(endpoint.shutdown)
+    over = threading.Event()
+    threading.Thread(target=_look_after, args=(run, log, over), daemon=True, name="look-after").start()
+    try:
+        with _signals(run, log):
+            if ready is not None:
+                ready(number)
+            return _run(opened, log, metrics, started)
+    finally:
+        over.set()
+        run.live.ended = run.live.ended or "drained"
+        run.mailbox.poke()
+        server.stop(config.coordinator.drain_s if run.live.ended == "drained" else 1.0).wait()
+        for close in closing:
+            close()
+        run.store.db.close()
+
+
+def _run(opened: Opened, log: Log, metrics: Metrics, started: float) -> int:
+    run, config = opened.run, opened.run.config
+
+    def announced(completed: Completed) -> None:
+        metrics.completed(completed.record)
+        record = completed.record
+        shown = ("round", "clients", "loss", "train_loss", "bytes_up", "bytes_down", "relative_error", "seconds")
+        log("round", **{key: record[key] for key in shown}, rejections=len(record["rejections"]) or None)
+
+    store = replace(run.store, completed=announced)
+    measuring = Measuring(
+        campaign=run.campaign,
+        store=store,
+        roster=run.roster,
+        mailbox=run.mailbox,
+        every=config.evaluate.every,
+        classes=config.task == "sequence-classification",
+        heartbeat_s=config.wire.heartbeat_s,
+        deadline_s=config.clients.deadline_s,
+        clock=run.clock,
+        started=run.clock.monotonic(),
+    )
+
+    def evaluated(state: ServerState, held: Mapping[str, int]) -> Evaluation | None:
+        run.live.latest = state
+        return measuring.evaluate(state, held)
+
+    loop = Loop(run.campaign, run.mailbox, evaluated, store, lambda number: _present(run, number))
+    start = opened.resumed.state if opened.resumed else run.campaign.strategy.init(run.campaign.spec)
+    run.live.latest = start
+    try:
+        if start.round == 0 and measuring.known("base") is None and store.opened(1) is None:
+            _present(run, 1)
+            measuring.evaluate(start, {})
+        state = run_rounds(loop, opened.resumed)
+        why = "finished"
+    except Stopped as stopped:
+        if str(stopped) == "drained":
+            log("drained", message="the open round is kept; start again with the same output to go on")
+            return 0
+        state, why = run.live.latest or start, "stopped"
+    _finish(opened, state, (measuring.known("base"), measuring.known("last")), why, time.monotonic() - started)
+    log(why, round=state.round, adapter=str(run.store.path / "adapter"), report=str(run.store.path / "report.html"))
+    _farewell(run, why)
+    return 0
+
+
+def _present(run: Run, round_number: int) -> Mapping[str, Any]:
+    def held_back() -> bool:
+        if run.store.db.fact("stopping") == "1":
+            raise Stopped("stopped")
+        return run.store.db.fact("paused") == "1"
+
+    return run.roster.present(round_number, run.mailbox, held_back)
+
+
+def _finish(
+    opened: Opened, state: ServerState, figures: tuple[Evaluation | None, Evaluation | None], why: str, seconds: float
+) -> None:
+    run, path = opened.run, opened.run.store.path
+    budgets = run.roster.registered()
+    finished = Finished(run.campaign.run_id, {client: client for client in budgets}, budgets, "release")
+    summary = summarise(run.config, finished, path, figures, {"total": seconds, "base": 0.0})
+    shutil.rmtree(path / "latest", ignore_errors=True)
+    write_results(path, state, run.campaign.spec, summary, run.config)
+    content = (path / "adapter" / "adapter_model.safetensors").read_bytes()
+    run.store.note("end", {"ended": why}, why=why, round=state.round, adapter=sha256(content))
+
+
+def _farewell(run: Run, why: str) -> None:
+    """Tell the clients that the run is over, as far as they are on the line."""
+    run.live.ended = why
+    run.mailbox.offer([])
+    until = run.clock.monotonic() + _FAREWELL_S
+    while run.clock.monotonic() < until:
+        waiting = [c for c in run.roster.heard(2 * run.config.wire.heartbeat_s) if c not in run.live.told]
+        if not waiting:
+            break
+        run.clock.sleep(0.05)
+    run.clock.sleep(run.config.coordinator.linger_s)
+
+
+def _look_after(run: Run, log: Log, over: threading.Event) -> None:
+    """Read the list of revoked certificates again when it changes."""
+    fault = ""
+    while not over.wait(run.clock.real(_LOOK_S)):
+        run.access.reload()
+        if run.access.fault != fault:
+            fault = run.access.fault
+            log("revocations", message=fault or "in force")
+
+
+@contextlib.contextmanager
+def _signals(run: Run, log: Log) -> Iterator[None]:
+    """End at a good moment on SIGTERM and SIGINT; a second one ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def drain(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        run.live.ended = "drained"
+        # The main thread may hold the mailbox's lock just now.
+        threading.Thread(target=run.mailbox.end, args=("drained",), daemon=True).start()
+
+    before = {number: signal.signal(number, drain) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# Opening.
+
+
+def open_run(config: Config, path: Path, log: Log, clock: Clock) -> Opened:
+    """Open a run directory, new or known.
+
+    Args:
+        config: A checked config.
+        path: The run directory.
+        log: Told what happens.
+        clock: For times in the log.
+
+    Returns:
+        The run and where it goes on from.
+
+    Raises:
+        ConfigError: If the schema file is missing, or something else is in the directory.
+        CheckpointError: If the directory holds a run of other settings, or nothing whole.
+        IdentityError: If the certificate cannot be used.
+    """
+    identity, access = _identity(config, clock)
+    if not config.coordinator.spec:
+        raise ConfigError("coordinator.spec: expected the schema file of the base. Write one with `lamina spec MODEL`.")
+    spec_path = Path(config.coordinator.spec)
+    spec = specs.read(spec_path)
+    if spec.task != config.task:
+        raise ConfigError(f"task={config.task}: expected {spec.task}, the task of {spec_path}. Set task={spec.task}.")
+    known = (path / DATABASE).exists()
+    if not known:
+        run_directory.create(path, compose.to_yaml(config))
+    db = Database(path / DATABASE)
+    fixed = campaigns.fixed_settings(config, spec) | {"spec": sha256(spec_path.read_bytes())}
+    run_id, blob = _begin(db, path, fixed, spec_path.read_bytes(), identity, clock)
+    campaign = campaigns.campaign(config, spec, campaigns.budgets(config, spec), run_id)
+    store = DeploymentStore(
+        path=path,
+        identity=fixed | {"run id": run_id},
+        keep_checkpoints=config.checkpoints,
+        keep_updates=config.keep_updates,
+        extra=dict,
+        completed=lambda completed: None,
+        db=db,
+        blobs=BlobStore(path / "blobs"),
+        clock=clock,
+        sign=_head_signer(identity),
+        carry_rounds=config.clients.carry_rounds,
+    )
+    with db.alone() as connection:
+        events.reconcile(connection, path / events.FILE_NAME)
+    mailbox = Mailbox(clock)
+    run = Run(
+        config=config,
+        campaign=campaign,
+        store=store,
+        roster=Roster(config, spec, store, clock),
+        mailbox=mailbox,
+        access=access,
+        clock=clock,
+        sign=(lambda domain, statement: b"") if identity is None else _signer(identity),
+        certificate=b"" if identity is None else identity.certificate_pem,
+        consortium="" if identity is None else identity.peer.consortium,
+        spec=blob,
+    )
+    resumed = _resumed(store, campaign, log) if known else None
+    return Opened(run, identity, resumed)
+
+
+def _identity(config: Config, clock: Clock) -> tuple[Identity | None, Access]:
+    if config.insecure:
+        return None, Access(None, None)
+    if not config.coordinator.identity:
+        raise IdentityError(
+            "coordinator.identity: expected the folder with the coordinator's certificate. Make one with `lamina pki`, "
+            "or set insecure=true to try things out on the loopback interface."
+        )
+    folder = Path(config.coordinator.identity)
+    identity = identities.load(folder)
+    wrong = [finding.message for finding in identities.check(folder, clock.now(), "coordinator") if not finding.ok]
+    if wrong:
+        raise IdentityError("\n".join(wrong))
+    named = config.coordinator.revocations
+    beside = folder / "crl.pem"
+    revocations = Path(named) if named else beside if beside.exists() else None
+    if revocations is not None and not revocations.is_file():
+        raise IdentityError(f"coordinator.revocations={named}: expected the consortium's crl.pem, found none.")
+    return identity, Access(identity.ca_pem, revocations)
+
+
+def _signer(identity: Identity) -> Callable[[str, bytes], bytes]:
+    return lambda domain, statement: identities.sign(identity, domain, statement)
+
+
+def _head_signer(identity: Identity | None) -> Callable[[bytes], bytes]:
+    if identity is None:
+        return lambda digest: b""
+    return lambda digest: identities.sign(identity, "log-head", digest)
+
+
+def _begin(
+    db: Database, path: Path, fixed: Mapping[str, Any], spec: bytes, identity: Identity | None, clock: Clock
+) -> tuple[str, Blob]:
+    """The run's name, new or known, and the schema file as a blob."""
+    blob = BlobStore(path / "blobs").put(spec)
+    run_id = db.fact("run_id")
+    with db.change() as connection:
+        if run_id is None:
+            run_id = secrets.token_hex(6)
+            set_fact(connection, "run_id", run_id)
+            set_fact(connection, "spec", blob.sha256)
+            certificate = "" if identity is None else identity.certificate_pem.decode()
+            fields = {
+                "run_id": run_id,
+                "certificate": certificate,
+                "config": sha256((path / "config.yaml").read_bytes()),
+                "spec": blob.sha256,
+                "settings": dict(fixed),
+            }
+            events.append(connection, "begin", fields, clock.now(), _head_signer(identity))
+        else:
+            set_fact(connection, "stopping", "0")
+            events.append(connection, "restart", {"run_id": run_id}, clock.now(), _head_signer(identity))
+    if identity is not None:
+        write_atomic(path / "ca.pem", identity.ca_pem)
+    return run_id, blob
+
+
+def _resumed(store: DeploymentStore, campaign: Campaign, log: Log) -> Completed | None:
+    last, wrong = checkpoint.load_newest_whole(store.path)
+    for message in wrong:
+        log("damaged", message=message)
+        store.note("damaged", round=(last.state.round if last else 0) + 1)
+    first = 1 if last is None else last.state.round + 1
+    if wrong and store.opened(first) is None:
+        raise CheckpointError(
+            f"{store.path}: expected a whole checkpoint, or the updates of round {first} to make it again. Neither is there; "
+            "restore the directory from a copy."
+        )
+    resumed = run_directory.from_checkpoint(store.path, store.identity, last)
+    if resumed is None:
+        return None
+    if resumed.completed.state.round > campaign.rounds:
+        raise ConfigError(
+            f"rounds={campaign.rounds}: expected at least {resumed.completed.state.round}, the rounds done."
+        )
+    return resumed.completed

@@ -1,0 +1,161 @@
+"""The gRPC form of `Channel`: offers that sites fetch when they can, replies that they leave when they are done.
+
+It holds names of blobs, never their content. The service's threads and the round loop meet here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from lamina.protos.clock import Clock
+from lamina.protos.errors import LaminaError
+from lamina.protos.messages import Instruction, Reply
+
+
+class Stopped(LaminaError):
+    """The operator or a signal has ended the wait; the open round is in the store."""
+
+    exit_code = 0
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a site is asked now.
+
+    Attributes:
+        number: Grows with each offer, so that a stream knows what it has sent.
+        instruction: The instruction.
+    """
+
+    number: int
+    instruction: Instruction
+
+
+class Mailbox:
+    """A `Channel` between the round loop and the service's threads.
+
+    Args:
+        clock: For time-outs.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._offers: dict[str, Offer] = {}
+        self._waiting: set[str] = set()
+        self._replies: deque[Reply] = deque()
+        self._number = 0
+        self._ending = ""
+
+    # The round loop's side.
+
+    def offer(self, instructions: Sequence[Instruction], beside: Sequence[Instruction] = ()) -> None:
+        """Put out one instruction a client, in place of all that were out before.
+
+        Args:
+            instructions: To be answered.
+            beside: Open from before; nobody waits for their answers now.
+        """
+        with self._changed:
+            before, self._offers = self._offers, {}
+            for instruction in (*beside, *instructions):
+                known = before.get(instruction.client_id)
+                if known is None or known.instruction != instruction:
+                    self._number += 1
+                    known = Offer(self._number, instruction)
+                self._offers[instruction.client_id] = known
+            self._waiting = {instruction.client_id for instruction in instructions}
+            self._replies.clear()
+            self._changed.notify_all()
+
+    def replies(self, until_s: float | None) -> Iterable[Reply]:
+        """Replies as they arrive, until everyone has answered or the time is over.
+
+        Yields:
+            Replies.
+
+        Raises:
+            Stopped: If `end` was called.
+        """
+        return self.replies_while(until_s, lambda waiting: True)
+
+    def replies_while(self, until_s: float | None, worth: Callable[[frozenset[str]], bool]) -> Iterable[Reply]:
+        """As `replies`, and only while it is worth waiting for those who have not answered.
+
+        Args:
+            until_s: Longest wait, or None.
+            worth: The clients waited for to whether to go on.
+
+        Yields:
+            Replies.
+
+        Raises:
+            Stopped: If `end` was called.
+        """
+        deadline = None if until_s is None else self._clock.monotonic() + until_s
+        while True:
+            with self._changed:
+                while not self._replies:
+                    if self._ending:
+                        raise Stopped(self._ending)
+                    left = 1.0 if deadline is None else min(1.0, deadline - self._clock.monotonic())
+                    if not self._waiting or left <= 0 or not worth(frozenset(self._waiting)):
+                        return
+                    self._changed.wait(self._clock.real(left))
+                reply = self._replies.popleft()
+            yield reply
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a change, at most so long.
+
+        Raises:
+            Stopped: If `end` was called.
+        """
+        with self._changed:
+            if not self._ending:
+                self._changed.wait(self._clock.real(seconds))
+            if self._ending:
+                raise Stopped(self._ending)
+
+    # The service's side.
+
+    def current(self, client_id: str) -> Offer | None:
+        """What a client is asked now, or None."""
+        with self._changed:
+            return self._offers.get(client_id)
+
+    def await_offer(self, client_id: str, after: int, seconds: float) -> Offer | None:
+        """An offer newer than number `after`, or None when so long has passed."""
+        with self._changed:
+            offer = self._offers.get(client_id)
+            if offer is None or offer.number <= after:
+                self._changed.wait(self._clock.real(seconds))
+                offer = self._offers.get(client_id)
+            return offer if offer is not None and offer.number > after else None
+
+    def deliver(self, reply: Reply, answered: bool = True) -> None:
+        """Hand a reply to the round loop.
+
+        Args:
+            reply: What came, or the refusal of it.
+            answered: Whether the client is done with what it was asked.
+        """
+        with self._changed:
+            self._replies.append(reply)
+            if answered:
+                self._waiting.discard(reply.client_id)
+            self._changed.notify_all()
+
+    def end(self, why: str) -> None:
+        """Make the round loop stop where it waits."""
+        with self._changed:
+            self._ending = why
+            self._changed.notify_all()
+
+    def poke(self) -> None:
+        """Wake everyone who waits, to look again."""
+        with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,167 @@
+"""The operators' and auditors' methods of the port: look, pause, stop, fetch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from lamina.protos import coordinator_pb2 as pb
+from lamina.protos.coordinator_pb2_grpc import CoordinatorServicer
+from lamina.server.access import refuse
+from lamina.server.export import write_adapter
+from lamina.server.run_directory import read_records
+from lamina.server.service import Run
+
+_FILES = (
+    "config.yaml", "rounds.jsonl", "summary.json", "layers.json", "events.jsonl", "ca.pem", "report.html",
+    "adapter/*", "latest/*",
+)  # fmt: skip
+# Individual updates leave the coordinator to auditors only.
+_AUDITORS_FILES = ("rounds/*/*.safetensors", "rounds/*/*/*.safetensors")
+
+
+class Operators(CoordinatorServicer):
+    """Status, Watch, Pause, Stop, ListFiles, Fetch."""
+
+    run: Run
+
+    def Status(self, request: pb.StatusRequest, context: Any) -> pb.Document:
+        """Where the run stands."""
+        return pb.Document(json=json.dumps(status(self.run)))
+
+    def Watch(self, request: pb.WatchRequest, context: Any) -> Iterator[pb.Document]:
+        """The record of each round after one, as they are announced, with the status in between."""
+        run, after, last = self.run, request.after_round, None
+        while context.is_active():
+            run.access.check_open(context.caller, context)
+            for record in read_records(run.store.path):
+                if record["round"] > after:
+                    after = record["round"]
+                    yield pb.Document(json=json.dumps({"record": record}))
+            now = status(run)
+            shown = {key: now[key] for key in ("state", "round", "clients", "rejections")}
+            for client in shown["clients"]:
+                client.pop("silent_s", None)
+            if shown != last:
+                last = shown
+                yield pb.Document(json=json.dumps({"status": now}))
+            if run.live.ended:
+                return
+            run.clock.sleep(0.5)
+
+    def Pause(self, request: pb.PauseRequest, context: Any) -> pb.Document:
+        """Open no further round, or go on."""
+        kind = "pause" if request.paused else "unpause"
+        self.run.store.note(kind, {"paused": str(int(request.paused))}, by=context.caller.name)
+        self.run.mailbox.poke()
+        return pb.Document(json=json.dumps(status(self.run)))
+
+    def Stop(self, request: pb.StopRequest, context: Any) -> pb.Document:
+        """End the run after the open round, or at once."""
+        self.run.store.note("stop", {"stopping": "1"}, by=context.caller.name, now=request.now)
+        if request.now:
+            self.run.mailbox.end("stopped")
+        else:
+            self.run.mailbox.poke()
+        return pb.Document(json=json.dumps(status(self.run)))
+
+    def ListFiles(self, request: pb.FilesRequest, context: Any) -> pb.Document:
+        """Names and lengths of the files that the caller may fetch."""
+        self._latest()
+        found = self._allowed(context.caller.role)
+        files = [{"name": name, "num_bytes": path.stat().st_size} for name, path in found.items()]
+        return pb.Document(json=json.dumps(files))
+
+    def Fetch(self, request: pb.FetchRequest, context: Any) -> Iterator[pb.Part]:
+        """One file, from a byte on."""
+        path = self._allowed(context.caller.role).get(request.name)
+        if path is None:
+            refuse(
+                context, grpc.StatusCode.NOT_FOUND, f"{request.name[:200]!r}: no such file. See what ListFiles names."
+            )
+        with path.open("rb") as file:
+            file.seek(request.offset)
+            while data := file.read(self.run.config.wire.chunk_bytes):
+                self.run.access.check_open(context.caller, context)
+                yield pb.Part(data=data)
+
+    def _allowed(self, role: str) -> dict[str, Path]:
+        root = self.run.store.path
+        patterns = (*_FILES, *(_AUDITORS_FILES if role == "auditor" else ()))
+        found = (path for pattern in patterns for path in sorted(root.glob(pattern)))
+        return {path.relative_to(root).as_posix(): path for path in found if path.is_file() and not path.is_symlink()}
+
+    def _latest(self) -> None:
+        """While the run goes on, the adapter of its last round under `latest/`."""
+        run, records = self.run, read_records(self.run.store.path)
+        folder = run.store.path / "latest"
+        if not records or (run.store.path / "adapter").exists():
+            return
+        stamp = folder / "round.txt"
+        if stamp.exists() and stamp.read_text().strip() == str(records[-1]["round"]):
+            return
+        last = run.live.latest
+        if last is not None:
+            write_adapter(folder, last.adapter, run.campaign.spec)
+            stamp.write_text(f"{last.round}\n")
+
+
+def status(run: Run) -> dict[str, Any]:
+    """Where a run stands.
+
+    Args:
+        run: The run.
+
+    Returns:
+        JSON values.
+    """
+    number = run.store.counting_round()
+    done = {client for (client,) in run.store.db.rows("SELECT client_id FROM updates WHERE round = ?", number)}
+    records = read_records(run.store.path)
+    registered = run.roster.registered()
+    clients = []
+    for client, rank in run.store.db.rows("SELECT client_id, rank FROM clients ORDER BY client_id"):
+        silent = run.roster.silent_s(client)
+        training, step = run.roster.progress(client)
+        asked = run.mailbox.current(client)
+        clients.append(
+            {
+                "client_id": client,
+                "rank": rank,
+                "registered": client in registered,
+                "silent_s": None if silent == float("inf") else round(silent, 1),
+                "asked": asked.instruction.kind if asked else None,
+                "training_round": training,
+                "step": step,
+                "answered": client in done,
+            }
+        )
+    head = run.store.head()
+    return {
+        "run_id": run.campaign.run_id,
+        "state": _state(run, number),
+        "round": number,
+        "rounds": run.campaign.rounds,
+        "rounds_done": records[-1]["round"] if records else 0,
+        "loss": records[-1]["loss"] if records else None,
+        "clients": clients,
+        "rejections": run.store.db.rows("SELECT coalesce(sum(times), 0) FROM rejections WHERE round = ?", number)[0][0],
+        "log": {"n": head.n, "hash": head.hash},
+        "revocations": run.access.fault or "in force",
+    }
+
+
+def _state(run: Run, number: int) -> str:
+    if run.live.ended:
+        return run.live.ended
+    if run.store.db.fact("stopping") == "1":
+        return "stopping"
+    if run.store.db.rows("SELECT 1 FROM rounds WHERE round = ? AND NOT closed", number):
+        return "collecting"
+    if run.store.db.fact("paused") == "1":
+        return "paused"
+    return "between rounds"

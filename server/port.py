@@ -1,0 +1,116 @@
+"""The one port: mutual TLS, the gate before every method, limits on messages and calls."""
+
+from __future__ import annotations
+
+import ipaddress
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from lamina.protos.coordinator_pb2_grpc import add_CoordinatorServicer_to_server
+from lamina.protos.errors import ConfigError, IdentityError
+from lamina.protos.identity import Identity
+from lamina.protos.statements import MAX_STATEMENT_BYTES
+from lamina.server.access import Gate
+from lamina.server.operations import Operators
+from lamina.server.service import Run, Sites
+
+# Statements and one part of an adapter are the largest messages there are.
+_MESSAGE_SLACK = 64 * 1024
+
+
+class Port(Operators, Sites):
+    """All methods of `lamina.v1.Coordinator`."""
+
+
+def is_loopback(address: str) -> bool:
+    """Whether host:port is on this machine only.
+
+    Args:
+        address: Such as 127.0.0.1:8443 or [::1]:8443.
+
+    Returns:
+        False for every other host, and for names that are no address.
+    """
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposed(address: str, insecure: bool, key: str) -> None:
+    """Raise unless an address may be used.
+
+    Args:
+        address: host:port.
+        insecure: Whether there are no certificates.
+        key: Of the setting, for the message.
+
+    Raises:
+        ConfigError: If it is no host:port.
+        IdentityError: If it is open to others without certificates.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{key}={address}: expected host:port.")
+    if insecure and not is_loopback(address):
+        raise IdentityError(
+            f"{key}={address}: insecure=true is for the loopback interface only. Use 127.0.0.1, or certificates "
+            "from `lamina pki`."
+        )
+
+
+def listen(run: Run, identity: Identity | None) -> tuple[grpc.Server, int, Any]:
+    """Open the port.
+
+    Args:
+        run: What the handlers share.
+        identity: The coordinator's, or None without certificates.
+
+    Returns:
+        The running server, the number of its port, and its health.
+
+    Raises:
+        ConfigError: If the address cannot be had.
+    """
+    address = run.config.coordinator.listen
+    workers = 3 * run.config.clients.count + 32
+    limit = max(run.config.wire.chunk_bytes, MAX_STATEMENT_BYTES) + _MESSAGE_SLACK
+    server = grpc.server(
+        ThreadPoolExecutor(workers, thread_name_prefix="port"),
+        interceptors=[Gate(run.access)],
+        maximum_concurrent_rpcs=workers,
+        options=[
+            ("grpc.so_reuseport", 0),  # a second coordinator on the port is an error, not a coin toss
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", limit),
+            ("grpc.max_metadata_size", 16 * 1024),
+            ("grpc.keepalive_time_ms", int(run.clock.real(30_000))),
+            ("grpc.keepalive_timeout_ms", int(run.clock.real(20_000))),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+            ("grpc.http2.max_ping_strikes", 0),
+        ],
+    )
+    add_CoordinatorServicer_to_server(Port(run), server)  # type: ignore[no-untyped-call]
+    status = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(status, server)
+    status.set("", health_pb2.HealthCheckResponse.SERVING)
+    status.set("lamina.v1.Coordinator", health_pb2.HealthCheckResponse.SERVING)
+    try:
+        if identity is None:
+            port = server.add_insecure_port(address)
+        else:
+            pair = [(identity.tls_key_pem, identity.certificate_pem)]
+            credentials = grpc.ssl_server_credentials(pair, identity.ca_pem, require_client_auth=True)
+            port = server.add_secure_port(address, credentials)
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise ConfigError(f"coordinator.listen={address}: expected a free port, it cannot be had. Choose another.")
+    server.start()
+    return server, port, status

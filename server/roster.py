@@ -1,0 +1,178 @@
+"""Who takes part: sites that have registered, what they can hold, when they were last heard of, and whom a round may ask."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from lamina.protos.clock import Clock
+from lamina.protos.config import Config, client_names, per_client
+from lamina.protos.errors import ConfigError, QuorumNotReached
+from lamina.protos.messages import Budget
+from lamina.protos.spec import AdapterSpec
+from lamina.server.access import Caller
+from lamina.server.campaign import budget
+from lamina.server.mailbox import Mailbox
+from lamina.server.store import DeploymentStore
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a client last said of itself.
+
+    Attributes:
+        at: When, on the clock's monotonic scale.
+        round: That it trains, 0 for none.
+        step: Of that training.
+    """
+
+    at: float
+    round: int = 0
+    step: int = 0
+
+
+class Roster:
+    """The clients of a deployment.
+
+    Args:
+        config: Names, ranks, waits.
+        spec: For budgets.
+        store: Where registrations are durable.
+        clock: For silences.
+    """
+
+    def __init__(self, config: Config, spec: AdapterSpec, store: DeploymentStore, clock: Clock) -> None:
+        self._config, self._spec, self._store, self._clock = config, spec, store, clock
+        ranks = per_client(config.clients.ranks, config.clients.count, "clients.ranks")
+        self.offered = dict(zip(client_names(config), ranks, strict=True))
+        joins = per_client(config.clients.join_round, config.clients.count, "clients.join_round")
+        self._joins = dict(zip(client_names(config), joins, strict=True))
+        self._seen: dict[str, Seen] = {}
+        self._lock = threading.Lock()
+        self._budgets: dict[int, Budget] = {}
+
+    def register(self, caller: Caller, rank: int | None, held: int, equal_ranks: bool) -> Budget:
+        """Take a client in, or take it up again.
+
+        Args:
+            caller: Who.
+            rank: That it wants to train; None takes what it is offered.
+            held: Version of the release that it holds, -1 for none.
+            equal_ranks: Whether the strategy needs one rank.
+
+        Returns:
+            Its budget.
+
+        Raises:
+            ConfigError: If the run does not know the client, or the rank is more than it may train.
+        """
+        offered = self.offered.get(caller.name)
+        if offered is None:
+            raise ConfigError(
+                f"client {caller.name}: expected one of {', '.join(self.offered)}. "
+                "Add it to clients.names at the coordinator, or enroll under one of these names."
+            )
+        chosen = offered if rank is None else rank
+        if chosen > offered or (equal_ranks and chosen != offered):
+            bound = "exactly" if equal_ranks else "at most"
+            raise ConfigError(
+                f"client {caller.name}: expected {bound} rank {offered}, got lora.rank={chosen}. "
+                f"Set lora.rank={offered} at the site, or raise clients.ranks at the coordinator."
+            )
+        self._remember(caller, chosen, held)
+        self.saw(caller.name)
+        return self._budget(chosen)
+
+    def _remember(self, caller: Caller, rank: int, held: int) -> None:
+        certificate = caller.certificate.decode()
+        row = (rank, 1, certificate)
+        known = self._store.db.rows("SELECT rank, present, certificate FROM clients WHERE client_id = ?", caller.name)
+        with self._store.db.change() as connection:
+            connection.execute(
+                "INSERT INTO clients VALUES (?, ?, ?, 1, ?) ON CONFLICT (client_id) DO UPDATE SET "
+                "rank = excluded.rank, held = excluded.held, present = 1, certificate = excluded.certificate",
+                (caller.name, rank, held, certificate),
+            )
+            if known != [row]:
+                self._store.log(connection, "register", client_id=caller.name, certificate=certificate, rank=rank)
+        self._store.mirror()
+
+    def leave(self, client_id: str) -> None:
+        """The client takes no part in later rounds, until it registers again."""
+        with self._store.db.change() as connection:
+            connection.execute("UPDATE clients SET present = 0 WHERE client_id = ?", (client_id,))
+            self._store.log(connection, "leave", client_id=client_id)
+        self._store.mirror()
+
+    def saw(self, client_id: str, round_number: int = 0, step: int = 0) -> None:
+        """A sign of life."""
+        with self._lock:
+            before = self._seen.get(client_id)
+            if round_number == 0 and before is not None:
+                self._seen[client_id] = replace(before, at=self._clock.monotonic())
+            else:
+                self._seen[client_id] = Seen(self._clock.monotonic(), round_number, step)
+
+    def silent_s(self, client_id: str) -> float:
+        """Seconds since a client was heard of; infinite if never in this process."""
+        with self._lock:
+            seen = self._seen.get(client_id)
+        return float("inf") if seen is None else self._clock.monotonic() - seen.at
+
+    def progress(self, client_id: str) -> tuple[int, int]:
+        """Round and step that a client trains, as it last said."""
+        with self._lock:
+            seen = self._seen.get(client_id, Seen(0.0))
+        return seen.round, seen.step
+
+    def registered(self) -> dict[str, Budget]:
+        """Everyone who is in the run now, with what it holds."""
+        found = self._store.db.rows("SELECT client_id, rank FROM clients WHERE present ORDER BY client_id")
+        return {client: self._budget(rank) for client, rank in found}
+
+    def _budget(self, rank: int) -> Budget:
+        if rank not in self._budgets:
+            self._budgets[rank] = budget(self._config, self._spec, rank)
+        return self._budgets[rank]
+
+    def heard(self, within_s: float) -> dict[str, Budget]:
+        """Those of the registered who were heard of lately."""
+        return {client: one for client, one in self.registered().items() if self.silent_s(client) <= within_s}
+
+    def present(self, round_number: int, mailbox: Mailbox, held_back: Callable[[], bool]) -> Mapping[str, Budget]:
+        """Whom a round may ask; waits until enough are there.
+
+        Args:
+            round_number: From 1.
+            mailbox: Whose wait an operator can end.
+            held_back: Whether an operator has paused the run.
+
+        Returns:
+            Client id -> budget.
+
+        Raises:
+            QuorumNotReached: If fewer than the quorum have come within `clients.deadline_s`.
+        """
+        clients = self._config.clients
+        wanted = (clients.start or clients.count) if round_number == 1 else clients.quorum
+        started = self._clock.monotonic()
+        while True:
+            if held_back():
+                started = self._clock.monotonic()
+            else:
+                ready = {
+                    client: one
+                    for client, one in self.heard(clients.patience_s).items()
+                    if self._joins.get(client, 1) <= round_number
+                }
+                waited = self._clock.monotonic() - started
+                if len(ready) >= wanted or (waited > clients.deadline_s and len(ready) >= clients.quorum):
+                    return ready
+                if waited > clients.deadline_s:
+                    raise QuorumNotReached(
+                        f"round {round_number}: expected at least {clients.quorum} clients within "
+                        f"{clients.deadline_s:g} s, {len(ready)} came. Start the sites' agents and then the coordinator "
+                        "again, or lower clients.quorum; nothing is lost."
+                    )
+            mailbox.wait(0.2)

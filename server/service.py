@@ -1,0 +1,392 @@
+"""The sites' methods of the port. Handlers check, store and hand over; what an update is worth the round loop decides.
+
+An upload is answered `stored` only when it is in the database, so a client that was not told sends it again, and the second
+time costs one message. Refusals that come before the round loop are counted here, by round, client and reason.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+
+from lamina.protos import chain
+from lamina.protos import coordinator_pb2 as pb
+from lamina.protos import statements as st
+from lamina.protos.blobs import Blob
+from lamina.protos.chain import Head
+from lamina.protos.clock import Clock
+from lamina.protos.config import Config
+from lamina.protos.coordinator_pb2_grpc import CoordinatorServicer
+from lamina.protos.errors import ConfigError
+from lamina.protos.identity import verify
+from lamina.protos.messages import Instruction, Rejection, Reply
+from lamina.server.access import Access, Caller, refuse
+from lamina.server.admission import size_cap_bytes
+from lamina.server.blob_store import file_digest
+from lamina.server.campaign import Campaign
+from lamina.server.mailbox import Mailbox
+from lamina.server.roster import Roster
+from lamina.server.store import DeploymentStore, Received
+from lamina.server.terms import terms
+from lamina.strategies.base import ServerState
+
+_ACK_BYTES = 8 * 1024**2
+_OUT_OF_TURN = grpc.StatusCode.FAILED_PRECONDITION
+_FAILURES = (
+    "out-of-memory", "training", "release", "policy", "data", "disk", "held-version", "base", "internal",
+)  # fmt: skip
+
+
+@dataclass
+class Live:
+    """What changes while a run goes on, and need not outlive the process.
+
+    Attributes:
+        ended: Why the run is over, once it is: finished, stopped or drained.
+        told: Clients that have been told.
+        uploads: Uploads that are being written.
+        latest: The state after the last round.
+    """
+
+    ended: str = ""
+    told: set[str] = field(default_factory=set)
+    uploads: int = 0
+    latest: ServerState | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the handlers of a run share.
+
+    Attributes:
+        config: The run's.
+        campaign: Run id, schema, strategy.
+        store: What is durable.
+        roster: Who takes part.
+        mailbox: To the round loop.
+        access: Who may call.
+        clock: For times.
+        sign: The coordinator's signature over a statement.
+        certificate: The coordinator's, PEM; empty without.
+        consortium: Of the certificates.
+        spec: The schema file.
+        live: What changes while it runs.
+    """
+
+    config: Config
+    campaign: Campaign
+    store: DeploymentStore
+    roster: Roster
+    mailbox: Mailbox
+    access: Access
+    clock: Clock
+    sign: st.Sign
+    certificate: bytes
+    consortium: str
+    spec: Blob
+    live: Live = field(default_factory=Live)
+
+
+class _Refused(Exception):
+    """An upload that is not to be taken in: counted, and the call ends."""
+
+    def __init__(self, reason: str, message: str, code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT) -> None:
+        super().__init__(message)
+        self.reason, self.code = reason, code
+
+
+class Sites(CoordinatorServicer):
+    """Register, Instructions, Heartbeat, Download, Upload, Report.
+
+    Args:
+        run: What they share.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._slots = threading.BoundedSemaphore(run.config.coordinator.uploads)
+        self._turns: dict[str, int] = {}
+        self._turn = threading.Lock()
+
+    # Registration and signs of life.
+
+    def Register(self, request: pb.Signed, context: Any) -> pb.Registered:
+        """Take a client in and tell it the terms."""
+        run, caller = self.run, context.caller
+        document = self._read(request, st.REGISTER, caller, context)
+        try:
+            versions = st.field(document, "versions", list)
+            held, rank = st.field(document, "held", int), document.get("rank")
+            if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+                raise st.BadStatement("malformed", "expected rank to be an integer >= 1 or null.")
+            if st.PROTOCOL not in versions:
+                raise ConfigError(
+                    f"expected protocol {st.PROTOCOL} among the client's, got {versions[:8]}. Install a matching version."
+                )
+            budget = run.roster.register(caller, rank, held, run.campaign.strategy.equal_ranks)
+        except st.BadStatement as error:
+            refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except ConfigError as error:
+            refuse(context, _OUT_OF_TURN, str(error))
+        chosen = rank or run.roster.offered[caller.name]
+        told = terms(run.config, run.campaign, run.spec, caller.name, chosen, budget, run.consortium)
+        return pb.Registered(terms=st.signed(st.TERMS, told, run.sign), certificate=run.certificate)
+
+    def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatReply:
+        """Note that a client lives, and what it is at."""
+        self.run.roster.saw(context.caller.name, request.round, request.step)
+        return pb.HeartbeatReply(time=self.run.clock.now().timestamp())
+
+    def Instructions(self, request: pb.InstructionsRequest, context: Any) -> Iterator[pb.Signed]:
+        """What the client is asked, from now until it hangs up or the run ends."""
+        run, caller, after = self.run, context.caller, 0
+        while context.is_active():
+            run.access.check_open(caller, context)
+            run.roster.saw(caller.name)
+            offer = run.mailbox.await_offer(caller.name, after, 1.0)
+            if offer is not None:
+                after = offer.number
+                yield self._instruction(offer.instruction)
+            elif run.live.ended == "drained":
+                refuse(
+                    context, grpc.StatusCode.UNAVAILABLE, "the coordinator is restarting. Nothing is lost; dial again."
+                )
+            elif run.live.ended:
+                told = {"kind": "ended", "run_id": run.campaign.run_id, "why": run.live.ended}
+                yield st.signed(st.INSTRUCTION, told, run.sign)
+                run.live.told.add(caller.name)
+                return
+
+    def _instruction(self, instruction: Instruction) -> pb.Signed:
+        head = self.run.store.head()
+        document = st.instruction_document(instruction) | {"log": [head.n, head.hash]}
+        document |= {"spec": self.run.spec.sha256, "base": dict(self.run.campaign.spec.hashes)}
+        return st.signed(st.INSTRUCTION, document, self.run.sign)
+
+    # Adapters down and up.
+
+    def Download(self, request: pb.DownloadRequest, context: Any) -> Iterator[pb.Part]:
+        """A blob that the caller was told of, from a byte on."""
+        run, caller = self.run, context.caller
+        offer = run.mailbox.current(caller.name)
+        parts = [offer.instruction.release, offer.instruction.frozen] if offer else []
+        names = {run.spec.sha256, *(part.sha256 for part in parts if part is not None)}
+        blob = run.store.blobs.find(request.sha256) if request.sha256 in names else None
+        if blob is None:
+            refuse(context, grpc.StatusCode.NOT_FOUND, f"{request.sha256[:12]}: nothing of this name is for you now.")
+        size = run.config.wire.chunk_bytes
+        with open(str(blob.content), "rb", buffering=0) as file:
+            file.seek(request.offset)
+            while data := file.read(size):
+                run.access.check_open(caller, context)
+                yield pb.Part(data=data)
+
+    def Upload(self, parts: Iterator[pb.UploadPart], context: Any) -> Iterator[pb.UploadAck]:
+        """An update, from the byte on that is not here yet."""
+        caller = context.caller
+        first = next(parts, None)
+        if first is None:
+            return
+        try:
+            yield from self._upload(first.claim, parts, caller, context)
+        except _Refused as error:
+            self.count(caller, error.reason, str(error))
+            refuse(context, error.code, f"{error.reason}: {error}")
+        except OSError as error:
+            refuse(
+                context,
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the coordinator's disk: {error.strerror}. Try again later.",
+            )
+
+    def _upload(
+        self, claim: pb.Signed, parts: Iterator[pb.UploadPart], caller: Caller, context: Any
+    ) -> Iterator[pb.UploadAck]:
+        run = self.run
+        document = self._claim(claim, caller)
+        sha256, num_bytes = document["sha256"], document["num_bytes"]
+        known = run.store.known_anywhere(caller.name, document["round"], sha256)
+        if known:
+            yield pb.UploadAck(offset=num_bytes, stored=True)
+            return
+        instruction = self._expected(document, caller)
+        with self._slots:
+            run.live.uploads += 1
+            try:
+                path = yield from self._written(instruction, document, parts, caller, context)
+            finally:
+                run.live.uploads -= 1
+        if path is None:
+            return
+        with run.store.lock:
+            try:
+                blob = run.store.blobs.adopt(path, sha256)
+            except FileNotFoundError:
+                raise _Refused("wrong-round", f"round {instruction.round} closed meanwhile.", _OUT_OF_TURN) from None
+            received = Received(instruction, blob, claim.statement, claim.signature, self._witness(document, caller))
+            run.store.receive(run.store.counting_round(), received)
+        run.mailbox.deliver(Reply(caller.name, blob))
+        yield pb.UploadAck(offset=num_bytes, stored=True)
+
+    def _claim(self, claim: pb.Signed, caller: Caller) -> dict[str, Any]:
+        """The claim's fields, each of its type; nothing of them is believed yet."""
+        try:
+            document = st.read(claim, st.CLAIM, self._verifier(caller))
+            for name, kind in (
+                ("run_id", str),
+                ("round", int),
+                ("client_id", str),
+                ("parent", str),
+                ("num_bytes", int),
+            ):
+                st.field(document, name, kind)
+            sha256 = st.field(document, "sha256", str)
+        except st.BadStatement as error:
+            raise _Refused(error.reason, str(error)) from None
+        if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+            raise _Refused("malformed", "expected a SHA-256 of 64 hex digits.")
+        return document
+
+    def _expected(self, document: dict[str, Any], caller: Caller) -> Instruction:
+        """The instruction that a claim answers, if it is this client's and open."""
+        run = self.run
+        if document["client_id"] != caller.name:
+            raise _Refused("wrong-client", f"expected an update of {caller.name}, got one of another client.")
+        if document["run_id"] != run.campaign.run_id:
+            raise _Refused("wrong-run", f"expected run {run.campaign.run_id}. Register again.")
+        offer = run.mailbox.current(caller.name)
+        instruction = None if offer is None or offer.instruction.kind != "train" else offer.instruction
+        if instruction is None or document["round"] != instruction.round:
+            now = "none is open" if instruction is None else f"round {instruction.round} is open"
+            raise _Refused("wrong-round", f"got an update for round {document['round']}, {now}.", _OUT_OF_TURN)
+        if document["parent"] != instruction.release_hash:
+            raise _Refused("wrong-parent", "expected an update of the release that was sent. Train from that one.")
+        known = run.store.known(run.store.counting_round(), caller.name)
+        if known is not None and known[1] != "rejected":
+            raise _Refused("duplicate", "another update of this round is here already.", grpc.StatusCode.ALREADY_EXISTS)
+        budget = run.roster.registered().get(caller.name)
+        if budget is None:
+            raise _Refused("wrong-client", "expected a client that is registered. Register again.", _OUT_OF_TURN)
+        cap = size_cap_bytes(run.campaign.spec, budget)
+        if not 0 < document["num_bytes"] <= cap:
+            raise _Refused("too-large", f"expected 1 to {cap} bytes, got {document['num_bytes']}. Lower the rank.")
+        return instruction
+
+    def _written(
+        self,
+        instruction: Instruction,
+        document: dict[str, Any],
+        parts: Iterator[pb.UploadPart],
+        caller: Caller,
+        context: Any,
+    ) -> Generator[pb.UploadAck, None, Path | None]:
+        """Write what comes to disk; returns the file, or None where the stream broke off."""
+        run, sha256, size = self.run, document["sha256"], document["num_bytes"]
+        path = run.store.blobs.partial(instruction.round, caller.name, sha256)
+        with self._turn:
+            turn = self._turns[caller.name] = self._turns.get(caller.name, 0) + 1
+            path.touch()
+            if path.stat().st_size > size:
+                os.truncate(path, 0)
+            digest, offset = file_digest(path), path.stat().st_size
+        acknowledged = offset
+        yield pb.UploadAck(offset=offset)
+        with path.open("ab", buffering=0) as file:
+            for part in parts:
+                run.access.check_open(caller, context)
+                data = part.data
+                if offset + len(data) > size:
+                    path.unlink(missing_ok=True)
+                    raise _Refused("malformed", f"expected {size} bytes as claimed, got more.")
+                with self._turn:
+                    if self._turns[caller.name] != turn:
+                        return None  # the client has come back on another connection
+                    file.write(data)
+                digest.update(data)
+                offset += len(data)
+                run.roster.saw(caller.name)
+                if offset - acknowledged >= _ACK_BYTES:
+                    acknowledged = offset
+                    yield pb.UploadAck(offset=offset)
+                if offset == size:
+                    break
+            if offset < size:
+                return None
+            os.fsync(file.fileno())
+        if digest.hexdigest() != sha256:
+            path.unlink(missing_ok=True)
+            raise _Refused(
+                "malformed", "expected content of the claimed SHA-256. Send it again.", grpc.StatusCode.DATA_LOSS
+            )
+        return path
+
+    def _witness(self, document: dict[str, Any], caller: Caller) -> tuple[int, str, str] | None:
+        """The countersignature that came with a claim, if it holds; it is no reason to refuse an update."""
+        found = document.get("witness")
+        try:
+            n, seen, signature = found  # type: ignore[misc]
+            fields = chain.countersignature(caller.name, Head(int(n), str(seen)), bytes.fromhex(signature))
+        except (TypeError, ValueError):
+            return None
+        fault = chain.countersignature_fault(fields, self.run.store.hash_at, caller.signing_key, verify)
+        return None if fault else (int(n), str(seen), str(signature))
+
+    # What else a client has to say.
+
+    def Report(self, request: pb.Signed, context: Any) -> pb.Done:
+        """A failure, figures, or farewell."""
+        run, caller = self.run, context.caller
+        document = self._read(request, st.REPORT, caller, context)
+        if document.get("kind") == "leave":
+            run.roster.leave(caller.name)
+            run.mailbox.deliver(Reply(caller.name, None, "left"))
+            return pb.Done()
+        offer = run.mailbox.current(caller.name)
+        asked = offer and (offer.instruction.run_id, offer.instruction.round, offer.instruction.kind)
+        figures = document.get("kind") == "figures"
+        about = (document.get("run_id"), document.get("round"), document.get("instruction"))
+        if asked is None or about != asked:
+            return pb.Done()  # about something that is over
+        if figures and asked[2] == "evaluate":
+            run.mailbox.deliver(Reply(caller.name, None, figures=_figures(document.get("figures"))))
+        else:
+            code = document.get("code")
+            run.mailbox.deliver(Reply(caller.name, None, code if code in _FAILURES else "internal"))
+        return pb.Done()
+
+    # Shared.
+
+    def count(self, caller: Caller, reason: str, message: str) -> None:
+        """Count a refusal in the report of the round."""
+        rejection = Rejection(caller.name, reason, message, final=False)
+        self.run.store.reject(self.run.store.counting_round(), rejection)
+
+    def _verifier(self, caller: Caller) -> Callable[[str, bytes, bytes], bool]:
+        key = caller.signing_key
+        return lambda domain, statement, signature: key is None or verify(key, domain, statement, signature)
+
+    def _read(self, message: pb.Signed, domain: str, caller: Caller, context: Any) -> dict[str, Any]:
+        try:
+            return st.read(message, domain, self._verifier(caller))
+        except st.BadStatement as error:
+            self.count(caller, error.reason, str(error))
+            self._end(context, error)
+
+    def _end(self, context: Any, error: st.BadStatement) -> NoReturn:
+        refuse(context, grpc.StatusCode.INVALID_ARGUMENT, f"{error.reason}: {error}")
+
+
+def _figures(found: Any) -> dict[str, float]:
+    """Figures of an evaluation that can be: finite, not negative; otherwise none."""
+    if not isinstance(found, dict):
+        return {}
+    names = ("nats", "targets", "hits")
+    values = {name: found.get(name) for name in names}
+    fine = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < 1e15 for v in values.values())
+    return {name: float(value) for name, value in values.items()} if fine and values["targets"] else {}  # type: ignore[arg-type]

@@ -1,0 +1,326 @@
+"""The store of a deployment: each step of a round is in SQLite, its adapters in blobs beside it, before anyone is told.
+
+What is there after a crash is enough to go on to the same bits: the open round with its releases, the updates that were
+admitted, whether the round was closed, and the checkpoint. Events go into the log in the transaction of what they record.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lamina.protos import record as log_record
+from lamina.protos.blobs import Blob
+from lamina.protos.chain import countersignature
+from lamina.protos.clock import Clock
+from lamina.protos.codec import opened as opened_adapter
+from lamina.protos.codec import opened_update
+from lamina.protos.errors import CheckpointError, UpdateRejected
+from lamina.protos.messages import Instruction, Rejection, Release, Reply
+from lamina.protos.statements import budget_document, budget_of, instruction_document, instruction_of
+from lamina.server import events
+from lamina.server.blob_store import BlobStore, is_whole
+from lamina.server.database import Database, set_fact
+from lamina.server.releases import Sent
+from lamina.server.rounds import Collected, Completed, Opened
+from lamina.server.run_directory import RunDirectory
+
+EVENTS = events.FILE_NAME
+
+
+@dataclass(frozen=True)
+class Received:
+    """An update that is whole on disk.
+
+    Attributes:
+        instruction: What it answers.
+        blob: Its content.
+        claim: The signed statement that came with it.
+        signature: Over the claim.
+        witness: A countersignature over a head of the log: n, hash, signature in hex; or None.
+    """
+
+    instruction: Instruction
+    blob: Blob
+    claim: bytes
+    signature: bytes
+    witness: tuple[int, str, str] | None = None
+
+
+@dataclass(frozen=True)
+class DeploymentStore(RunDirectory):
+    """A store that survives a kill at any point.
+
+    Attributes:
+        db: The database.
+        blobs: Encoded releases and updates.
+        clock: For times in the log.
+        sign: Signs the hash of a record of the log.
+        carry_rounds: See `Campaign`.
+        lock: Held while a blob is there that the database does not name yet.
+    """
+
+    db: Database = field(kw_only=True)
+    blobs: BlobStore = field(kw_only=True)
+    clock: Clock = field(kw_only=True)
+    sign: Callable[[bytes], bytes] = field(kw_only=True)
+    carry_rounds: int = field(default=0, kw_only=True)
+    lock: threading.RLock = field(default_factory=threading.RLock, kw_only=True)
+
+    # The log.
+
+    def log(self, connection: Any, kind: str, **fields: Any) -> None:
+        """Add an event within the transaction of what it records."""
+        events.append(connection, kind, fields, self.clock.now(), self.sign)
+
+    def mirror(self) -> None:
+        """Copy committed events to `events.jsonl`."""
+        with self.db.alone() as connection:
+            events.flush(connection, self.path / EVENTS)
+
+    def head(self) -> log_record.Head:
+        """Where the log ends."""
+        with self.db.alone() as connection:
+            return events.head(connection)
+
+    def hash_at(self, n: int) -> str | None:
+        """The hash of a record of the log."""
+        with self.db.alone() as connection:
+            return events.hash_at(connection, n)
+
+    def note(self, kind: str, facts: Mapping[str, str] | None = None, **fields: Any) -> None:
+        """An event by itself, with facts that change with it."""
+        with self.db.change() as connection:
+            for name, value in (facts or {}).items():
+                set_fact(connection, name, value)
+            self.log(connection, kind, **fields)
+        self.mirror()
+
+    # A round's steps, in their order.
+
+    def keep(self, content: bytes) -> Blob:
+        """Keep an encoded release."""
+        return self.blobs.put(content)
+
+    def open(self, opened: Opened) -> None:
+        """The round with everyone's instruction."""
+        budgets = {repr(one.budget): budget_document(one.budget) for one in opened.sent.values()}
+        names = {key: str(index) for index, key in enumerate(budgets)}
+        document = {
+            "wanted": opened.wanted,
+            "budgets": {names[key]: budget for key, budget in budgets.items()},
+            "sent": {
+                client: {
+                    "instruction": instruction_document(one.instruction),
+                    "budget": names[repr(one.budget)],
+                    "error": one.error,
+                }
+                for client, one in opened.sent.items()
+            },
+        }
+        releases = sorted({one.instruction.release_hash for one in opened.sent.values()})
+        with self.db.change() as connection:
+            connection.execute("INSERT INTO rounds (round, opened) VALUES (?, ?)", (opened.round, json.dumps(document)))
+            self.log(connection, "round", round=opened.round, asked=sorted(opened.sent), releases=releases)
+        self.mirror()
+
+    def opened(self, round_number: int) -> Opened | None:
+        """The round as it was opened, its releases read from their blobs."""
+        found = self.db.rows("SELECT opened FROM rounds WHERE round = ?", round_number)
+        if not found:
+            return None
+        document = json.loads(found[0][0])
+        budgets = {name: budget_of(budget) for name, budget in document["budgets"].items()}
+        sent = {}
+        for client, one in document["sent"].items():
+            instruction = instruction_of(one["instruction"], self._whole)
+            frozen = None if instruction.frozen is None else opened_adapter(instruction.frozen)
+            decoded = Release(
+                version=instruction.version,
+                trainable=opened_adapter(instruction.release),
+                frozen=frozen,
+                train=instruction.train,
+                frozen_since=instruction.frozen_since,
+                keep_frozen=instruction.keep_frozen,
+            )
+            sent[client] = Sent(instruction, budgets[one["budget"]], decoded, one["error"])
+        return Opened(round_number, sent, document["wanted"])
+
+    def _whole(self, sha256: str, num_bytes: int) -> Blob:
+        blob = self.blobs.find(sha256)
+        if blob is None or blob.num_bytes != num_bytes or not is_whole(blob):
+            raise CheckpointError(
+                f"{self.blobs.root}: expected the release {sha256[:12]}… of the open round, it is gone or changed. "
+                "Restore the folder from a copy, or remove the run directory and begin again."
+            )
+        return blob
+
+    def stragglers(self, round_number: int) -> Mapping[str, Sent]:
+        """Who was asked in a round and has not answered."""
+        before = self.opened(round_number)
+        if before is None:
+            return {}
+        answered = {client for (client,) in self.db.rows("SELECT client_id FROM updates WHERE round = ?", round_number)}
+        answered |= {rejection.client_id for rejection in self._rejections(round_number, final=True)}
+        return {client: one for client, one in before.sent.items() if client not in answered}
+
+    def receive(self, round_number: int, received: Received) -> None:
+        """An update is whole on disk: remember it before the client is told so."""
+        claim, blob, client = received.instruction, received.blob, received.instruction.client_id
+        values = (round_number, client, blob.sha256, blob.num_bytes, received.claim, received.signature, "received")
+        with self.db.change() as connection:
+            connection.execute("INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+            if received.witness is not None:
+                n, seen, signature = received.witness
+                head = log_record.Head(n, seen)
+                self.log(connection, "countersign", **countersignature(client, head, bytes.fromhex(signature)))
+            self.log(connection, "received", round=claim.round, client_id=client, sha256=blob.sha256)
+        self.mirror()
+
+    def unjudged(self, round_number: int) -> list[Reply]:
+        """Updates that were received and neither admitted nor rejected when the loop ended."""
+        query = "SELECT client_id, sha256 FROM updates WHERE round = ? AND status = 'received' ORDER BY client_id"
+        found = ((client, self.blobs.find(sha256)) for client, sha256 in self.db.rows(query, round_number))
+        return [Reply(client, blob) for client, blob in found if blob is not None and is_whole(blob)]
+
+    def known(self, round_number: int, client_id: str) -> tuple[str, str] | None:
+        """Hash and status of the update that a client has sent for a round, or None."""
+        query = "SELECT sha256, status FROM updates WHERE round = ? AND client_id = ?"
+        found = self.db.rows(query, round_number, client_id)
+        return None if not found else (found[0][0], found[0][1])
+
+    def known_anywhere(self, client_id: str, about: int, sha256: str) -> bool:
+        """Whether this very update of a client is here already, in the round that it is about or a later one."""
+        query = "SELECT 1 FROM updates WHERE client_id = ? AND sha256 = ? AND round >= ? AND status != 'rejected'"
+        return bool(self.db.rows(query, client_id, sha256, about))
+
+    def admit(self, round_number: int, reply: Reply) -> None:
+        """The update counts."""
+        self._judge(round_number, reply.client_id, "admitted")
+
+    def reject(self, round_number: int, rejection: Rejection) -> None:
+        """The update does not count; one line for each client and reason, however often it comes."""
+        with self.db.change() as connection:
+            query = "SELECT times FROM rejections WHERE round = ? AND client_id = ? AND reason = ?"
+            key = (round_number, rejection.client_id, rejection.reason)
+            if connection.execute(query, key).fetchone() is None:
+                self.log(
+                    connection, "reject", round=round_number, client_id=rejection.client_id, reason=rejection.reason
+                )
+            connection.execute(
+                "INSERT INTO rejections VALUES (?, ?, ?, ?, ?, 1) "
+                "ON CONFLICT (round, client_id, reason) DO UPDATE SET times = times + 1",
+                (*key, rejection.message[:500], rejection.final),
+            )
+            if rejection.final:
+                connection.execute(
+                    "UPDATE updates SET status = 'rejected' WHERE round = ? AND client_id = ? AND status = 'received'",
+                    key[:2],
+                )
+        self.mirror()
+
+    def refused(self, round_number: int) -> list[Rejection]:
+        """Refusals of messages that were no answer."""
+        return self._rejections(round_number, final=False)
+
+    def _rejections(self, round_number: int, final: bool) -> list[Rejection]:
+        query = (
+            "SELECT client_id, reason, message FROM rejections WHERE round = ? AND final = ? ORDER BY client_id, reason"
+        )
+        return [
+            Rejection(client, reason, message, final)
+            for client, reason, message in self.db.rows(query, round_number, final)
+        ]
+
+    def counting_round(self) -> int:
+        """The round whose report counts what happens now: the open one, or the next."""
+        (last, closed), *_ = self.db.rows("SELECT round, closed FROM rounds ORDER BY round DESC LIMIT 1") or [(0, True)]
+        return int(last) + bool(closed)
+
+    def _judge(self, round_number: int, client_id: str, status: str) -> None:
+        with self.db.change() as connection:
+            connection.execute(
+                "UPDATE updates SET status = ? WHERE round = ? AND client_id = ?", (status, round_number, client_id)
+            )
+            self.log(connection, status, round=round_number, client_id=client_id)
+        self.mirror()
+
+    def collected(self, round_number: int) -> Collected:
+        """What was admitted and rejected before; an update whose file a disk has changed counts as not sent."""
+        collected = Collected(
+            closed=bool(self.db.rows("SELECT 1 FROM rounds WHERE round = ? AND closed", round_number))
+        )
+        query = "SELECT client_id, sha256, num_bytes FROM updates WHERE round = ? AND status = 'admitted' ORDER BY client_id"
+        for client, sha256, num_bytes in self.db.rows(query, round_number):
+            blob = self.blobs.find(sha256)
+            if blob is None or not is_whole(blob):
+                self._forget(round_number, client)
+                collected.closed = False
+                continue
+            try:
+                collected.updates[client] = opened_update(blob)
+            except UpdateRejected:
+                self._forget(round_number, client)
+                continue
+            collected.num_bytes += num_bytes
+        collected.rejections = self._rejections(round_number, final=True)
+        return collected
+
+    def _forget(self, round_number: int, client_id: str) -> None:
+        with self.db.change() as connection:
+            connection.execute("DELETE FROM updates WHERE round = ? AND client_id = ?", (round_number, client_id))
+            connection.execute("UPDATE rounds SET closed = 0 WHERE round = ?", (round_number,))
+            self.log(connection, "lost", round=round_number, client_id=client_id)
+        self.mirror()
+
+    def close(self, round_number: int) -> None:
+        """No further update counts: a restarted loop aggregates just those that this one does."""
+        late = "SELECT client_id FROM updates WHERE round = ? AND status = 'received'"
+        for (client,) in self.db.rows(late, round_number):
+            self.reject(round_number, Rejection(client, "late", "it came as the round closed.", final=False))
+        with self.db.change() as connection:
+            connection.execute("UPDATE rounds SET closed = 1 WHERE round = ?", (round_number,))
+        self.mirror()
+
+    def held(self, held: Mapping[str, int]) -> dict[str, int]:
+        """What clients hold, but nothing for one that has lost it: it said less when it registered."""
+        said = dict(self.db.rows("SELECT client_id, held FROM clients"))
+        return {client: version if said.get(client, -1) >= version else -1 for client, version in held.items()}
+
+    def save(self, completed: Completed) -> None:
+        """Checkpoint, then the log, then what no restart can need any more is deleted."""
+        super().save(completed)
+        number = completed.state.round
+        with self.db.change() as connection:
+            self.log(
+                connection,
+                "aggregate",
+                round=number,
+                clients=[update.client_id for update in completed.updates],
+                relative_error=completed.state.relative_error,
+            )
+            for update in completed.updates:
+                connection.execute(
+                    "UPDATE clients SET held = ? WHERE client_id = ?",
+                    (completed.held[update.client_id], update.client_id),
+                )
+            # The checkpoint before this one can be gone on from, with this round's updates.
+            oldest = number - max(1, self.keep_checkpoints - 1)
+            for table in ("rounds", "updates", "rejections"):
+                connection.execute(f"DELETE FROM {table} WHERE round <= ?", (oldest,))
+        self.mirror()
+        self.sweep(number + 1 - self.carry_rounds)
+
+    def sweep(self, first_round: int) -> None:
+        """Delete blobs that no round in the database names, and partial uploads for rounds before the first."""
+        with self.lock:
+            kept = {sha256 for (sha256,) in self.db.rows("SELECT sha256 FROM updates")}
+            kept |= {value for (value,) in self.db.rows("SELECT value FROM facts WHERE name = 'spec'")}
+            for (text,) in self.db.rows("SELECT opened FROM rounds"):
+                for one in json.loads(text)["sent"].values():
+                    instruction = one["instruction"]
+                    kept |= {part[0] for part in (instruction["release"], instruction["frozen"]) if part}
+            self.blobs.sweep(kept, first_round)
