@@ -8,6 +8,8 @@
       UpdateRejected            -  a client's update that is not admitted; counted, never fatal
       TrainingError             2  training that produced non-finite values
       QuorumNotReached          3  too few updates before the deadline
+      IdentityError             5  a certificate, key, signature or invite that is not trusted
+      PolicyRefused             5  terms or an instruction that a site's own policy does not allow
 
 A message says what was expected, what was got, where, and what to do next. No message carries a row of data or a secret.
 """
@@ -67,6 +69,18 @@ class QuorumNotReached(LaminaError):
     """Fewer updates than the quorum were accepted before the deadline."""
 
     exit_code = 3
+
+
+class IdentityError(LaminaError):
+    """A certificate, key, signature or invite that is not trusted."""
+
+    exit_code = 5
+
+
+class PolicyRefused(LaminaError):
+    """Terms or an instruction of a coordinator that the site's own policy does not allow."""
+
+    exit_code = 5
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
