@@ -360,3 +360,27 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[
             )
         targets[len(start) : len(stop)] = True
     return ids, targets
+
+
+def examples_of(encoder: Encoder, rows: Sequence[Row], where: str, split: str) -> list[Example]:
+    """The examples of some rows, at least one.
+
+    Args:
+        encoder: Makes them.
+        rows: The rows.
+        where: Whose, for the message.
+        split: Of what use, for the message.
+
+    Returns:
+        Examples.
+
+    Raises:
+        DataError: If there is none.
+    """
+    examples = encoder.examples(rows)
+    if not examples:
+        raise DataError(
+            f"{where}: expected examples for {split}, its rows give none of at least two tokens. "
+            "Check the columns and train.max_length."
+        )
+    return examples

@@ -174,6 +174,23 @@ def load_base(options: BaseOptions) -> Base:
     return _with_slots(model, tokenizer, spec, pick_device(options.device), revision)
 
 
+def check_length(base: Base, max_length: int) -> None:
+    """Raise unless the base's positions reach as far as examples may.
+
+    Args:
+        base: The base.
+        max_length: Tokens in an example.
+
+    Raises:
+        ConfigError: If they do not.
+    """
+    longest = getattr(base.model.config, "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise ConfigError(
+            f"train.max_length={max_length}: expected at most {longest}, what the base's positions reach."
+        )
+
+
 def load_tokenizer(source: str, revision: str = "") -> Any:
     """The tokenizer, with a padding token.
 
@@ -274,7 +291,9 @@ def _matches(name: str, suffix: str) -> bool:
 def _with_slots(model: Any, tokenizer: Any, spec: AdapterSpec, device: torch.device, revision: str) -> Base:
     model = get_peft_model(
         model,
-        PeftLoraConfig(r=1, lora_alpha=1, target_modules=list(spec.modules), fan_in_fan_out=spec.fan_in_fan_out, lora_dropout=0.0),
+        PeftLoraConfig(
+            r=1, lora_alpha=1, target_modules=list(spec.modules), fan_in_fan_out=spec.fan_in_fan_out, lora_dropout=0.0
+        ),
     )
     model.requires_grad_(False)
     base = Base(model.to(device).eval(), tokenizer, spec, device, revision)

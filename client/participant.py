@@ -17,7 +17,7 @@ from lamina.client.frozen import Frozen
 from lamina.client.model import Base, put, take
 from lamina.client.train import Task, completed, train
 from lamina.protos import seeds
-from lamina.protos.adapter import is_finite
+from lamina.protos.adapter import Adapter, is_finite
 from lamina.protos.blobs import blob
 from lamina.protos.codec import WireFormat, decode, encode_update
 from lamina.protos.config import TrainConfig
@@ -75,6 +75,7 @@ def respond(
     instruction: Instruction,
     shared: Shared,
     progress: Progress | None = None,
+    leaving: Callable[[Update], Update] = lambda update: update,
 ) -> tuple[Reply, ClientState]:
     """Take part in one round.
 
@@ -85,6 +86,7 @@ def respond(
         instruction: The round's release and what to do with it.
         shared: Frozen parts known on this machine; may gain one.
         progress: Called after each training step.
+        leaving: What the site lets go of an update: metrics and counts may be left out or made coarser.
 
     Returns:
         The reply with the encoded update, and what to carry on.
@@ -95,9 +97,7 @@ def respond(
         TrainingError: If training is not finite.
     """
     where = f"client {site.client_id}, round {instruction.round}, release"
-    release = decode(instruction.release.read())
-    base.spec.check(release, where)
-    beside = _frozen(state, instruction, base, shared, where)
+    release, beside = received(base, state, instruction, shared)
     task = Task(site.client_id, instruction.round, site.rounds, site.seed, site.train)
     start = completed(release, site.budget.train, site.budget.scale, task, base)
     put(base, start, beside)
@@ -114,13 +114,37 @@ def respond(
         num_examples=len(site.examples),
         metrics=metrics,
     )
-    payload = encode_update(update, site.wire, seeds.stream(site.seed, "wire", site.client_id, instruction.round))
+    payload = encode_update(
+        leaving(update), site.wire, seeds.stream(site.seed, "wire", site.client_id, instruction.round)
+    )
     after = ClientState(
         version=instruction.version,
         frozen=beside if instruction.keep_frozen else None,
         optimizer=optimizer if site.train.keep_optimizer else {},
     )
     return Reply(site.client_id, blob(payload)), after
+
+
+def received(base: Base, state: ClientState, instruction: Instruction, shared: Shared) -> tuple[Adapter, Frozen | None]:
+    """A release as the client has it, checked against its base.
+
+    Args:
+        base: For the schema.
+        state: What the client carries; a frozen part may be added to it.
+        instruction: With the encoded release.
+        shared: Frozen parts known on this machine; may gain one.
+
+    Returns:
+        The trainable part, and what rides beside it.
+
+    Raises:
+        UpdateRejected: If the release is malformed.
+        AdapterMismatch: If it does not fit, or adds to a version that the client does not hold.
+    """
+    where = f"client {instruction.client_id}, round {instruction.round}, release"
+    release = decode(instruction.release.read())
+    base.spec.check(release, where)
+    return release, _frozen(state, instruction, base, shared, where)
 
 
 def _frozen(state: ClientState, instruction: Instruction, base: Base, shared: Shared, where: str) -> Frozen | None:

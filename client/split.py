@@ -6,7 +6,43 @@ import hashlib
 import math
 from collections.abc import Sequence
 
-from lamina.client.data import Row
+from lamina.client.data import Row, load_rows
+from lamina.protos.config import DataConfig
+
+
+def parts(rows: Sequence[Row], data: DataConfig) -> tuple[list[Row], list[Row], list[Row]]:
+    """One site's train, tune and test rows, as `data.holdout` says.
+
+    Args:
+        rows: The site's.
+        data: `holdout` is a share, or a file of test rows.
+
+    Returns:
+        (train, tune, test).
+
+    Raises:
+        DataError: If the file of test rows cannot be read.
+    """
+    if is_number(data.holdout):
+        return split(rows, float(data.holdout))
+    train, tune, rest = split(rows, 0.1)
+    return [*train, *rest], tune, load_rows(data.holdout, data)
+
+
+def is_number(text: str) -> bool:
+    """Whether `data.holdout` is a share; otherwise it names a file.
+
+    Args:
+        text: The setting.
+
+    Returns:
+        True for a number.
+    """
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def split(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row], list[Row]]:

@@ -11,15 +11,25 @@ from lamina.protos.errors import LaminaError, nearest
 
 COMMANDS = {
     "simulate": ("lamina.simulations.cli", "federated fine-tuning on this machine"),
-    "report": ("lamina.server.cli", "one HTML page comparing finished runs"),
-    "export": ("lamina.client.cli", "a run's adapter with its model card; on request a merged model"),
-    "spec": ("lamina.client.cli", "the schema file that a coordinator needs of a model"),
+    "coordinator": ("lamina.server.commands.coordinator", "the server of a deployment"),
+    "client": ("lamina.client.commands.agent", "a site's agent"),
+    "pki": ("lamina.server.commands.pki", "certificates: init, invite, enroll, sign, listen, revoke, renew, list"),
+    "status": ("lamina.server.commands.operate", "where a running coordinator stands"),
+    "watch": ("lamina.server.commands.operate", "follow a running coordinator"),
+    "pause": ("lamina.server.commands.operate", "open no further round, or go on"),
+    "stop": ("lamina.server.commands.operate", "end a run early, with its results"),
+    "fetch": ("lamina.server.commands.operate", "fetch a run's files from its coordinator"),
+    "log": ("lamina.server.commands.log", "check and list a run's tamper-evident event log"),
+    "doctor": ("lamina.client.commands.doctor", "check install, devices, certificates, clock, ports"),
+    "report": ("lamina.server.commands.report", "one HTML page comparing finished runs"),
+    "export": ("lamina.client.commands.export", "a run's adapter with its model card; on request a merged model"),
+    "spec": ("lamina.client.commands.export", "the schema file that a coordinator needs of a model"),
 }
 
 
 def usage() -> str:
     """The text of `lamina --help`."""
-    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<12} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
             f"lamina {__version__}: federated fine-tuning of language models with adapters of unequal rank",

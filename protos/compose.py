@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lamina.protos.config import SHORTHANDS, Config, checked, known_keys
+from lamina.protos.config import SHORTHANDS, Config, checked, known_keys, value_of
 from lamina.protos.errors import ConfigError, nearest
 
 # Keys whose values are names or paths, which Hydra's grammar would trip over where they hold spaces and the like.
@@ -132,21 +132,51 @@ def composed(overrides: Sequence[str], base: Path | None = None) -> Config:
     return checked(config)
 
 
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """A config with some keys set to other values, checked.
+
+    Args:
+        config: Plain dataclasses.
+        values: Dotted key -> value.
+
+    Returns:
+        A new config.
+
+    Raises:
+        ConfigError: If a key is unknown or a value impossible.
+    """
+    tree = OmegaConf.structured(config)
+    for key, value in values.items():
+        _check_key(key)
+        try:
+            OmegaConf.update(tree, key, value, merge=False)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{key}: {str(error).strip().splitlines()[0]}") from None
+    found = OmegaConf.to_object(tree)
+    if not isinstance(found, Config):
+        raise ConfigError("expected a configuration, got something else.")
+    return checked(found)
+
+
 def _merged(tree: Any, base: Path) -> Any:
-    try:
-        loaded = OmegaConf.load(base)
-    except (OSError, ValueError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{base}: expected a readable YAML file, got {type(error).__name__}.") from None
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{base}: expected YAML, got: {str(error).splitlines()[0]}") from None
-        raise
+    loaded = _loaded(base)
     for key in _leaves(OmegaConf.to_container(loaded)):
         _check_key(key)
     try:
         return OmegaConf.merge(tree, loaded)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{base}: {error.full_key or 'top level'}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _loaded(base: Path) -> Any:
+    try:
+        return OmegaConf.load(base)
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{base}: expected a readable YAML file, got {type(error).__name__}.") from None
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{base}: expected YAML, got: {str(error).splitlines()[0]}") from None
+        raise
 
 
 def _leaves(node: Any, path: str = "") -> list[str]:
@@ -165,3 +195,83 @@ def to_yaml(config: Config) -> str:
         Text with every key.
     """
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def help_text(head: str, keys: Sequence[str]) -> str:
+    """The text of a command's `--help`.
+
+    Args:
+        head: Usage and examples.
+        keys: The dotted keys to list.
+
+    Returns:
+        The head, then each key with its default and what it means.
+    """
+    defaults, texts = Config(), known_keys()
+    lines = [head]
+    for key in keys:
+        value = value_of(defaults, key)
+        lines.append(f"  {key} ({'' if value is None else value})\n      {texts[key]}")
+    lines.append("\nshorthands: " + " ".join(f"{name}=" for name in SHORTHANDS))
+    return "\n".join(lines)
+
+
+def take_config(words: list[str], options: str) -> Path | None:
+    """Take `--config FILE` out of a command's words.
+
+    Args:
+        words: Changed in place.
+        options: Those that the command has, for the message.
+
+    Returns:
+        The file, or None.
+
+    Raises:
+        ConfigError: For another option.
+    """
+    if "--config" not in words:
+        flags = [word for word in words if word.startswith("-")]
+        if flags:
+            raise ConfigError(f"{flags[0]}: no such option. Options: {options}.")
+        return None
+    at = words.index("--config")
+    if at + 1 >= len(words):
+        raise ConfigError("--config: expected a YAML file after it.")
+    path = Path(words[at + 1])
+    del words[at : at + 2]
+    return path
+
+
+def from_words(words: Sequence[str]) -> Config:
+    """The config of one run, from words with at most one `--config FILE`.
+
+    Args:
+        words: As typed, without the command.
+
+    Returns:
+        A checked config.
+
+    Raises:
+        ConfigError: If a word or the file cannot be used.
+    """
+    rest = list(words)
+    base = take_config(rest, "--config FILE, --json, --help")
+    return composed(sweeps(rest, False)[0], base)
+
+
+def keys_of(words: Sequence[str]) -> list[str]:
+    """The dotted keys that words and a `--config` file set.
+
+    Args:
+        words: As typed, without the command.
+
+    Returns:
+        Keys, shorthands written out.
+
+    Raises:
+        ConfigError: If a word is no key=value, or the file cannot be read.
+    """
+    rest = list(words)
+    base = take_config(rest, "--config FILE, --json, --help")
+    keys = [expanded(word, False).partition("=")[0].lstrip("+~") for word in rest]
+    return keys + (_leaves(OmegaConf.to_container(_loaded(base))) if base is not None else [])

@@ -90,3 +90,20 @@ def sha256(content: bytes) -> str:
         64 characters.
     """
     return hashlib.sha256(content).hexdigest()
+
+
+def file_digest(path: Path | None) -> hashlib._Hash:
+    """SHA-256 over a file, to go on with.
+
+    Args:
+        path: The file; None for nothing yet.
+
+    Returns:
+        The running hash.
+    """
+    running = hashlib.sha256()
+    if path is not None:
+        with path.open("rb", buffering=0) as file:
+            while part := file.read(1024**2):
+                running.update(part)
+    return running

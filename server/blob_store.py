@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
 from lamina.protos.blobs import Blob
-from lamina.protos.files import fsync_folder, sha256
-
-_STEP = 1024**2
+from lamina.protos.files import file_digest, fsync_folder, sha256
 
 
 @dataclass(frozen=True)
@@ -92,19 +89,3 @@ def is_whole(blob: Blob) -> bool:
         return file_digest(Path(str(blob.content))).hexdigest() == blob.sha256
     except OSError:
         return False
-
-
-def file_digest(path: Path) -> hashlib._Hash:
-    """SHA-256 over a file, to go on with.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The running hash.
-    """
-    running = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while part := file.read(_STEP):
-            running.update(part)
-    return running

@@ -26,6 +26,8 @@ from lamina.protos.config import Config, checked
 from lamina.protos.errors import CheckpointError, ConfigError, IdentityError
 from lamina.protos.files import sha256, write_atomic
 from lamina.protos.identity import Identity
+from lamina.protos.link import check_exposed
+from lamina.protos.logs import Log
 from lamina.server import campaign as campaigns
 from lamina.server import checkpoint, events, run_directory
 from lamina.server.access import Access
@@ -34,11 +36,10 @@ from lamina.server.campaign import Campaign
 from lamina.server.database import Database, set_fact
 from lamina.server.finish import Run as Finished
 from lamina.server.finish import summarise, write_results
-from lamina.server.logs import Log
 from lamina.server.mailbox import Mailbox, Stopped
 from lamina.server.measuring import Measuring
 from lamina.server.metrics import Metrics
-from lamina.server.port import check_exposed, listen
+from lamina.server.port import listen
 from lamina.server.roster import Roster
 from lamina.server.rounds import Completed, Evaluation, Loop
 from lamina.server.rounds import run as run_rounds
@@ -338,6 +339,7 @@ def _begin(
             run_id = secrets.token_hex(6)
             set_fact(connection, "run_id", run_id)
             set_fact(connection, "spec", blob.sha256)
+            set_fact(connection, "signing_key", _signing_key(identity))
             certificate = "" if identity is None else identity.certificate_pem.decode()
             fields = {
                 "run_id": run_id,
@@ -348,11 +350,26 @@ def _begin(
             }
             events.append(connection, "begin", fields, clock.now(), _head_signer(identity))
         else:
+            _check_key(connection, identity, path)
             set_fact(connection, "stopping", "0")
             events.append(connection, "restart", {"run_id": run_id}, clock.now(), _head_signer(identity))
     if identity is not None:
         write_atomic(path / "ca.pem", identity.ca_pem)
     return run_id, blob
+
+
+def _signing_key(identity: Identity | None) -> str:
+    return "" if identity is None else identity.peer.signing_key.hex()
+
+
+def _check_key(connection: Any, identity: Identity | None, path: Path) -> None:
+    """The log is signed with one key from its first record to its last."""
+    before = connection.execute("SELECT value FROM facts WHERE name = 'signing_key'").fetchone()[0]
+    if before != _signing_key(identity):
+        raise IdentityError(
+            f"{path}: expected the signing key that the run began with, or its event log could not be checked. "
+            "Renew the coordinator's certificate with rotate_signing_key=false, or finish the run under the old one."
+        )
 
 
 def _resumed(store: DeploymentStore, campaign: Campaign, log: Log) -> Completed | None:

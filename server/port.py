@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,7 +9,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from lamina.protos.coordinator_pb2_grpc import add_CoordinatorServicer_to_server
-from lamina.protos.errors import ConfigError, IdentityError
+from lamina.protos.errors import ConfigError
 from lamina.protos.identity import Identity
 from lamina.protos.statements import MAX_STATEMENT_BYTES
 from lamina.server.access import Gate
@@ -23,46 +22,6 @@ _MESSAGE_SLACK = 64 * 1024
 
 class Port(Operators, Sites):
     """All methods of `lamina.v1.Coordinator`."""
-
-
-def is_loopback(address: str) -> bool:
-    """Whether host:port is on this machine only.
-
-    Args:
-        address: Such as 127.0.0.1:8443 or [::1]:8443.
-
-    Returns:
-        False for every other host, and for names that are no address.
-    """
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def check_exposed(address: str, insecure: bool, key: str) -> None:
-    """Raise unless an address may be used.
-
-    Args:
-        address: host:port.
-        insecure: Whether there are no certificates.
-        key: Of the setting, for the message.
-
-    Raises:
-        ConfigError: If it is no host:port.
-        IdentityError: If it is open to others without certificates.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"{key}={address}: expected host:port.")
-    if insecure and not is_loopback(address):
-        raise IdentityError(
-            f"{key}={address}: insecure=true is for the loopback interface only. Use 127.0.0.1, or certificates "
-            "from `lamina pki`."
-        )
 
 
 def listen(run: Run, identity: Identity | None) -> tuple[grpc.Server, int, Any]:

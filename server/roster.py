@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from lamina.protos.clock import Clock
 from lamina.protos.config import Config, client_names, per_client
 from lamina.protos.errors import ConfigError, QuorumNotReached
+from lamina.protos.identity import peer_of
 from lamina.protos.messages import Budget
 from lamina.protos.spec import AdapterSpec
 from lamina.server.access import Caller
@@ -97,6 +98,11 @@ class Roster:
             if known != [row]:
                 self._store.log(connection, "register", client_id=caller.name, certificate=certificate, rank=rank)
         self._store.mirror()
+
+    def signing_key(self, client_id: str) -> bytes | None:
+        """The key of the certificate that a client registered with, None without one."""
+        found = self._store.db.rows("SELECT certificate FROM clients WHERE client_id = ?", client_id)
+        return peer_of(found[0][0].encode()).signing_key if found and found[0][0] else None
 
     def leave(self, client_id: str) -> None:
         """The client takes no part in later rounds, until it registers again."""

@@ -24,11 +24,11 @@ from lamina.protos.clock import Clock
 from lamina.protos.config import Config
 from lamina.protos.coordinator_pb2_grpc import CoordinatorServicer
 from lamina.protos.errors import ConfigError
+from lamina.protos.files import file_digest
 from lamina.protos.identity import verify
 from lamina.protos.messages import Instruction, Rejection, Reply
 from lamina.server.access import Access, Caller, refuse
 from lamina.server.admission import size_cap_bytes
-from lamina.server.blob_store import file_digest
 from lamina.server.campaign import Campaign
 from lamina.server.mailbox import Mailbox
 from lamina.server.roster import Roster
@@ -334,7 +334,9 @@ class Sites(CoordinatorServicer):
             fields = chain.countersignature(caller.name, Head(int(n), str(seen)), bytes.fromhex(signature))
         except (TypeError, ValueError):
             return None
-        fault = chain.countersignature_fault(fields, self.run.store.hash_at, caller.signing_key, verify)
+        # The log's reader checks it with the certificate that was registered, which may be older than this connection's.
+        key = self.run.roster.signing_key(caller.name)
+        fault = chain.countersignature_fault(fields, self.run.store.hash_at, key, verify)
         return None if fault else (int(n), str(seen), str(signature))
 
     # What else a client has to say.

@@ -7,6 +7,7 @@ admitted, whether the round was closed, and the checkpoint. Events go into the l
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -300,7 +301,7 @@ class DeploymentStore(RunDirectory):
                 "aggregate",
                 round=number,
                 clients=[update.client_id for update in completed.updates],
-                relative_error=completed.state.relative_error,
+                relative_error=_finite(completed.state.relative_error),
             )
             for update in completed.updates:
                 connection.execute(
@@ -324,3 +325,7 @@ class DeploymentStore(RunDirectory):
                     instruction = one["instruction"]
                     kept |= {part[0] for part in (instruction["release"], instruction["frozen"]) if part}
             self.blobs.sweep(kept, first_round)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

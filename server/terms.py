@@ -14,7 +14,7 @@ from lamina.server.campaign import Campaign
 # What the coordinator decides. All else, such as where the data lie and on which device to train, is the site's.
 _SECTIONS = ("train.", "lora.", "wire.", "privacy.", "adapter.", "strategy.")
 _KEYS = ("task", "rounds", "seed", "evaluate.split", "evaluate.max_examples", "evaluate.batch_size")
-_SITES_OWN = ("train.device", "lora.rank")
+_SITES_OWN = ("train.device", "lora.rank", "privacy.nominal_examples")
 
 
 def task_keys() -> list[str]:
@@ -55,6 +55,7 @@ def terms(
         "spec": [spec.sha256, spec.num_bytes],
         "strategy": campaign.strategy.name,
         "released_view": campaign.strategy.released_view,
+        "cohort_at_least": campaign.quorum,
         "budget": budget_document(budget),
         "heartbeat_s": config.wire.heartbeat_s,
         "chunk_bytes": config.wire.chunk_bytes,

@@ -19,7 +19,7 @@ from lamina.protos.identity.certificates import certificate
 from lamina.protos.identity.issuing import issue, issue_ca
 from lamina.protos.identity.requests import Wanted
 from lamina.protos.identity.signing import sign_with
-from lamina.server.log_cli import main
+from lamina.server.commands.log import main
 from tests.logs import SITES, Event, key, public, unsigned
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)

@@ -30,8 +30,8 @@ from lamina.protos.identity.ledger import read_ledger
 from lamina.protos.identity.requests import MAX_REQUEST_BYTES, read_invite
 from lamina.protos.identity.site import prepare
 from lamina.server import enrolment
+from lamina.server.commands.pki import main
 from lamina.server.enrolment import Listener, TokenBucket, ask
-from lamina.server.pki_cli import main
 from tests.consortium import enrolled
 
 
@@ -241,7 +241,7 @@ def test_grpc_takes_our_certificates_on_both_sides(ca: Authority, tmp_path: Path
 
 @pytest.fixture
 def process(ca: Authority) -> Iterator[subprocess.Popen[str]]:
-    code = "import sys; from lamina.server.pki_cli import main; sys.exit(main('pki', sys.argv[1:]))"
+    code = "import sys; from lamina.server.commands.pki import main; sys.exit(main('pki', sys.argv[1:]))"
     started = subprocess.Popen(
         [sys.executable, "-c", code, "listen", "ca", "address=127.0.0.1:0"],
         stdout=subprocess.PIPE,

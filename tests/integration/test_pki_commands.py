@@ -15,8 +15,8 @@ from lamina.protos.errors import ConfigError, LaminaError
 from lamina.protos.identity import authority as pki
 from lamina.protos.identity.authority import Authority
 from lamina.protos.identity.ledger import read_ledger
-from lamina.server.pki_cli import _COMMANDS, main
-from lamina.server.pki_help import HELP
+from lamina.server.commands.pki import _COMMANDS, main
+from lamina.server.commands.pki_help import HELP
 
 
 @pytest.fixture(autouse=True)

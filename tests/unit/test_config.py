@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lamina.protos.config import checks as module
 from lamina.protos.config import Config, checked, known_keys, per_client, value_of
+from lamina.protos.config import checks as module
 from lamina.protos.errors import ConfigError
 
 

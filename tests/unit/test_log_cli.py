@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lamina.protos.errors import ConfigError
-from lamina.server.log_cli import main
+from lamina.server.commands.log import main
 from tests.logs import Event, unsigned, written
 
 EVENTS: list[Event] = [

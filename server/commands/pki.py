@@ -22,7 +22,7 @@ from lamina.protos.identity.ledger import read_ledger
 from lamina.protos.identity.requests import MAX_REQUEST_BYTES, invite_bytes, read_invite
 from lamina.protos.identity.site import accept, accept_renewal, address_of, prepare, prepare_renewal
 from lamina.protos.words import flag, parsed
-from lamina.server.pki_help import HELP, USAGE
+from lamina.server.commands.pki_help import HELP, USAGE
 
 PASSPHRASE = "LAMINA_CA_PASSPHRASE"
 

@@ -1,0 +1,98 @@
+"""`lamina doctor`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lamina.client import doctor
+from lamina.client.doctor import Line
+from lamina.client.preflight import address
+from lamina.protos.clock import SYSTEM
+from lamina.protos.config import ClientConfig
+from lamina.protos.errors import ConfigError
+from lamina.protos.words import flag, parsed
+
+_HELP = """\
+usage: lamina doctor [identity=DIR] [coordinator=HOST:PORT] [policy=FILE] [state=DIR] [listen=HOST:PORT] [model=DIR]
+                     [insecure=true] [--json]
+
+Looks at Python, packages, devices and the state folder, and at whatever is named: certificates and keys, the way to a
+coordinator with its certificate and clock, the site's policy, a port to listen on, a base model. Each line is ok, warn or FAIL
+and says what to do. Nothing is changed, nothing is sent but handshakes and a sign of life.
+
+examples:
+  lamina doctor
+  lamina doctor identity=site coordinator=hub.example.org:8443 policy=policy.yaml
+  lamina doctor listen=0.0.0.0:8443 identity=hub
+
+exit code: 0 without a FAIL, 5 if one is of identity or trust, else 2"""
+
+
+def main(command: str, words: Sequence[str]) -> int:
+    """Run `lamina doctor`.
+
+    Args:
+        command: `doctor`.
+        words: What follows it.
+
+    Returns:
+        0, 2 or 5, by the findings.
+
+    Raises:
+        ConfigError: If a setting is unknown or cannot be meant.
+    """
+    if any(word in ("-h", "--help") for word in words):
+        print(_HELP)
+        return 0
+    as_json = "--json" in words
+    known = {"identity": "", "coordinator": "", "policy": "", "state": ClientConfig().state, "listen": "", "model": ""}
+    plain, settings = parsed([word for word in words if word != "--json"], known | {"insecure": "false"})
+    if plain:
+        raise ConfigError(f"lamina {command}: expected key=value, got {plain[0]!r}. See `lamina {command} --help`.")
+    lines = []
+    for line in looked_at(settings):
+        lines.append(line)
+        if not as_json:
+            print(f"{line.level:<4}  {line.what:<13}  {line.message}", flush=True)
+    code = doctor.exit_code(lines)
+    if as_json:
+        found = [{"level": line.level, "what": line.what, "message": line.message} for line in lines]
+        print(json.dumps({"exit_code": code, "findings": found}, indent=1))
+    return code
+
+
+def looked_at(settings: Mapping[str, str]) -> Iterator[Line]:
+    """All findings, as they come.
+
+    Args:
+        settings: Every key of the command, empty where it is not named.
+
+    Yields:
+        Findings.
+
+    Raises:
+        ConfigError: If settings do not go together, or an address is none.
+    """
+    insecure = flag(settings, "insecure")
+    if settings["coordinator"] and insecure == bool(settings["identity"]):
+        raise ConfigError("coordinator=: expected one of identity=DIR and insecure=true beside it. Name one of them.")
+    for key in ("coordinator", "listen"):
+        if settings[key]:
+            address(key, settings[key])
+    yield from doctor.python()
+    yield from doctor.packages()
+    yield from doctor.devices()
+    yield from doctor.state(Path(settings["state"]))
+    if settings["policy"]:
+        yield from doctor.policy(Path(settings["policy"]))
+    if settings["model"]:
+        yield from doctor.base(Path(settings["model"]))
+    if settings["listen"]:
+        yield from doctor.listening(settings["listen"])
+    folder, now = Path(settings["identity"]), SYSTEM.now()
+    if settings["coordinator"]:
+        yield from doctor.coordinator(None if insecure else folder, settings["coordinator"], now)
+    elif settings["identity"]:
+        yield from doctor.identity(folder, now)

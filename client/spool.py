@@ -1,0 +1,125 @@
+"""What a site keeps on disk so that nothing is lost: the last finished update with the client's state after it, releases that
+were fetched, and the heads of the coordinator's log that this site has seen.
+
+An update and the state that follows from it appear together, before the update is sent. After a kill the update is offered
+again; it is never trained twice from a state that has moved on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lamina.protos.blobs import Blob
+from lamina.protos.chain import Head, witness_heads, witness_line
+from lamina.protos.errors import CheckpointError
+from lamina.protos.files import append_durably, sha256, write_folder
+
+_UPDATE, _META = "update.safetensors", "meta.json"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last finished update.
+
+    Attributes:
+        round: That it was trained in.
+        parent: Hash of the release that it started from.
+        version: Of that release: what the client holds now.
+        update: The encoded update.
+        state: Name -> content of the client's state after it.
+    """
+
+    round: int
+    parent: str
+    version: int
+    update: Blob
+    state: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Spool:
+    """One run's folder at a site.
+
+    Attributes:
+        root: The folder.
+    """
+
+    root: Path
+
+    @property
+    def releases(self) -> Path:
+        """Where fetched releases lie."""
+        return self.root / "releases"
+
+    def save(self, finished: Finished) -> Finished:
+        """Keep an update in place of the one before; on disk when this returns.
+
+        Args:
+            finished: With the update's content in memory.
+
+        Returns:
+            The same, with the update in its file.
+        """
+        folder = self.root / f"finished-{finished.round:06d}"
+        files = {f"state/{name}": content for name, content in finished.state.items()}
+        files[_UPDATE] = finished.update.read()
+        meta = {
+            "round": finished.round,
+            "parent": finished.parent,
+            "version": finished.version,
+            "sha256": {name: sha256(content) for name, content in files.items()},
+        }
+        write_folder(folder, files | {_META: json.dumps(meta).encode()})
+        for older in self.root.glob("finished-*"):
+            if older != folder:
+                shutil.rmtree(older, ignore_errors=True)
+        return self._loaded(folder)
+
+    def load(self) -> Finished | None:
+        """The last finished update, every file checked, or None.
+
+        Raises:
+            CheckpointError: If a disk has changed it.
+        """
+        folders = sorted(self.root.glob("finished-*"))
+        return self._loaded(folders[-1]) if folders else None
+
+    def _loaded(self, folder: Path) -> Finished:
+        try:
+            meta = json.loads((folder / _META).read_text())
+            contents = {name: (folder / name).read_bytes() for name in meta["sha256"]}
+            wrong = [name for name, content in contents.items() if sha256(content) != meta["sha256"][name]]
+            if wrong:
+                raise ValueError(f"another content in {wrong[0]}")
+            update = contents.pop(_UPDATE)
+            state = {name.removeprefix("state/"): content for name, content in contents.items()}
+            blob = Blob(meta["sha256"][_UPDATE], len(update), folder / _UPDATE)
+            return Finished(meta["round"], meta["parent"], meta["version"], blob, state)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{folder}: expected the last finished update, got {error}. Remove that folder; its round is trained again."
+            ) from None
+
+    def sweep(self, keep: set[str]) -> None:
+        """Delete fetched releases that are not to be kept."""
+        for path in self.releases.glob("*"):
+            if path.name.removesuffix(".part") not in keep:
+                path.unlink(missing_ok=True)
+
+    def witnessed(self) -> Head | None:
+        """The last head of the coordinator's log that this site has countersigned, or None."""
+        path = self.root / "witness.txt"
+        if not path.exists():
+            return None
+        text = path.read_text()
+        heads = witness_heads(text[: text.rfind("\n") + 1], str(path))
+        return heads[-1] if heads else None
+
+    def witness(self, head: Head) -> None:
+        """Remember a head; `lamina log verify … witness=` reads the file."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        append_durably(self.root / "witness.txt", witness_line(head))
