@@ -1,14 +1,11 @@
 """The resident agent of a site: it registers, is told what to do, trains, keeps what it made, and sends it.
 
-Two threads beside the one that trains: signs of life, and the stream of instructions, which dials again for as long as it
-takes. Neither can be starved by training, and neither touches the model. What goes wrong while training is reported as a code
-from a fixed list and the agent lives on; no text of an error leaves the site.
+The connection is `listening.py`'s, in threads of its own; here is the one that trains. What goes wrong while training is
+reported as a code from a fixed list and the agent lives on; no text of an error leaves the site.
 """
 
 from __future__ import annotations
 
-import random
-import threading
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,9 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lamina.client import policy as policies
-from lamina.client.policy import Policy
-from lamina.client.spool import Finished, Spool
-from lamina.protos import coordinator_pb2 as pb
+from lamina.client.listening import BACKOFF_S, Listener, Log, Settings, Terms, signer
+from lamina.client.spool import Finished, Spool, newest
 from lamina.protos import statements as st
 from lamina.protos.blobs import Blob, blob
 from lamina.protos.chain import WITNESS_DOMAIN, Head, witness_statement
@@ -34,14 +30,9 @@ from lamina.protos.errors import (
     TrainingError,
     UpdateRejected,
 )
-from lamina.protos.identity import Identity, sign, verified_peer, verify
-from lamina.protos.link import Address, Link, Refused, Unreachable
+from lamina.protos.link import Link, Refused, Unreachable
 from lamina.protos.messages import Instruction
 from lamina.protos.spec import AdapterSpec, from_json
-
-VERSIONS = (st.PROTOCOL,)
-_BACKOFF_S = (0.5, 15.0)
-Log = Callable[..., None]
 
 
 class Superseded(LaminaError):
@@ -77,72 +68,6 @@ class Worker(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Terms:
-    """A registration.
-
-    Attributes:
-        document: What the coordinator signed.
-        key: Its signing key, or None without certificates.
-    """
-
-    document: Mapping[str, Any]
-    key: bytes | None
-
-    @property
-    def run_id(self) -> str:
-        """Of the run."""
-        return str(self.document["run_id"])
-
-
-class Inbox:
-    """What the listening thread leaves for the training one: the newest of each, and an error that ends all."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self.terms: Terms | None = None
-        self.document: Mapping[str, Any] | None = None
-        self.error: LaminaError | None = None
-
-    def put(self, **found: Any) -> None:
-        """Leave something."""
-        with self._changed:
-            for name, value in found.items():
-                setattr(self, name, value)
-            self._changed.notify_all()
-
-    def wait(self, ready: Callable[[], Any], seconds: float) -> Any:
-        """What `ready` gives once it gives something; None after so long. Raises the error that ends all."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.error is not None or ready() is not None, seconds)
-            if self.error is not None:
-                raise self.error
-            return ready()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an agent is.
-
-    Attributes:
-        address: Where and as whom to dial.
-        policy: What the site allows.
-        folder: For what must outlive a restart.
-        rank: To ask for; None takes what is offered.
-        stay: Wait for the next run after the end of one.
-        give_up_s: End when the coordinator was out of reach for so long; None never.
-        explain: Why the coordinator cannot be reached, as an error where trying again will not help.
-    """
-
-    address: Address
-    policy: Policy
-    folder: Path
-    rank: int | None = None
-    stay: bool = False
-    give_up_s: float | None = None
-    explain: Callable[[], LaminaError | None] = lambda: None
-
-
 class Agent:
     """One site's agent.
 
@@ -155,15 +80,12 @@ class Agent:
 
     def __init__(self, settings: Settings, worker: Worker, clock: Clock, log: Log) -> None:
         self._settings, self._worker, self._clock, self._log = settings, worker, clock, log
-        self._inbox = Inbox()
-        self._over = threading.Event()
-        self._at = (0, 0)
+        self._link = Link(settings.address, clock)
+        self._listener = Listener(settings, self._link, clock, log)
+        self._inbox, self._over = self._listener.inbox, self._listener.over
+        self._sign = signer(settings.address.identity)
         self._done: set[tuple[Any, ...]] = set()
         self._rounds: set[tuple[str, int]] = set()
-        self._link = Link(settings.address, clock)
-        self._held = -1
-
-    # The threads.
 
     def run(self) -> int:
         """Take part until the run is over.
@@ -177,11 +99,8 @@ class Agent:
             PolicyRefused: If the site's policy does not allow the run.
             IdentityError: If the coordinator is not whom it should be.
         """
-        threads = [
-            threading.Thread(target=target, daemon=True, name=target.__name__) for target in (self._listen, self._live)
-        ]
-        for thread in threads:
-            thread.start()
+        self._listener.held = newest(self._settings.folder)
+        self._listener.start()
         try:
             while True:
                 terms = self._inbox.wait(lambda: self._inbox.terms, 3600.0)
@@ -196,85 +115,6 @@ class Agent:
         self._over.set()
         self._inbox.put(error=Superseded("stopped"))
 
-    def _listen(self) -> None:
-        """Register and read instructions; dial again when the connection breaks."""
-        attempt, lost = 0, self._clock.monotonic()
-        while not self._over.is_set():
-            try:
-                terms = self._register()
-                attempt, lost = 0, self._clock.monotonic()
-                self._inbox.put(terms=terms)
-                request = pb.InstructionsRequest(run_id=terms.run_id)
-                for message in self._link.stream("Instructions", request):
-                    document = st.read(message, st.INSTRUCTION, _verifier(terms.key))
-                    lost = self._clock.monotonic()
-                    self._inbox.put(document=document)
-            except Unreachable as error:
-                fatal = self._unreachable(error, attempt, lost)
-                if fatal is not None:
-                    self._inbox.put(error=fatal)
-                    return
-            except LaminaError as error:
-                self._inbox.put(error=error)
-                return
-            low, high = _BACKOFF_S
-            pause = min(high, low * 2**attempt) * (0.5 + random.random() / 2)
-            attempt = min(attempt + 1, 10)
-            self._over.wait(self._clock.real(pause))
-
-    def _unreachable(self, error: Unreachable, attempt: int, lost: float) -> LaminaError | None:
-        """Whether to give up."""
-        if attempt == 0:
-            self._log("unreachable", message=str(error))
-        if attempt in (1, 5):
-            found = self._settings.explain()
-            if found is not None:
-                return found
-        patience = self._settings.give_up_s
-        if patience is not None and self._clock.monotonic() - lost > patience:
-            return Unreachable(
-                f"{self._settings.address.target}: expected a coordinator within {patience:g} s, last: {error} "
-                "See `lamina doctor`; the last update is kept and is offered again."
-            )
-        return None
-
-    def _live(self) -> None:
-        """Signs of life."""
-        while not self._over.is_set():
-            terms = self._inbox.terms
-            if terms is not None:
-                number, step = self._at
-                try:
-                    request = pb.HeartbeatRequest(run_id=terms.run_id, round=number, step=step)
-                    self._link.call("Heartbeat", request, 10.0)
-                except (LaminaError, ValueError):
-                    pass  # the other thread notices, and says so
-            beat = float(terms.document["heartbeat_s"]) if terms else 1.0
-            self._over.wait(self._clock.real(beat))
-
-    # Registering.
-
-    def _register(self) -> Terms:
-        identity, policy = self._settings.address.identity, self._settings.policy
-        document = {"kind": st.REGISTER, "versions": list(VERSIONS), "rank": self._settings.rank, "held": self._held}
-        request = st.signed(st.REGISTER, document, _signer(identity))
-        answer = self._link.call("Register", request)
-        name, key = None, None
-        if identity is not None:
-            coordinator = verified_peer(answer.certificate, identity.ca_pem, self._clock.now(), "coordinator")
-            name, key = coordinator.name, coordinator.signing_key
-        terms = st.read(answer.terms, st.TERMS, _verifier(key))
-        policies.check_terms(policy, terms, name)
-        if terms["client_id"] != self.name:
-            raise IdentityError(f"terms: expected those of client {self.name}, got those of another. Register again.")
-        return Terms(terms, key)
-
-    @property
-    def name(self) -> str:
-        """The client's id."""
-        address = self._settings.address
-        return address.identity.peer.name if address.identity else address.name
-
     # A run.
 
     def _take_part(self, terms: Terms) -> bool:
@@ -284,8 +124,7 @@ class Agent:
         self._log("run", run_id=terms.run_id, rounds=terms.document["rounds"], rank=terms.document["rank"])
         spec = self._spec(terms, spool)
         self._worker.begin(terms.document, spec, last.state if last else {}, last.version if last else -1)
-        if last is not None:
-            self._held = last.version
+        self._listener.held = (terms.run_id, last.version if last else -1)
         self._log("ready", last_finished_round=last.round if last else None)
         while True:
             document = self._inbox.wait(lambda: self._next(terms), 3600.0)
@@ -320,7 +159,7 @@ class Agent:
             except (Unreachable, ValueError) as error:  # ValueError: the channel was closed to dial again
                 if isinstance(error, ValueError) and "closed channel" not in str(error):
                     raise
-                low, high = _BACKOFF_S
+                low, high = BACKOFF_S
                 self._inbox.wait(lambda: None, self._clock.real(min(high, low * 2**attempt)))
                 attempt = min(attempt + 1, 10)
 
@@ -352,13 +191,13 @@ class Agent:
             self._log("failed", round=document.get("round"), code=code, where=_where(error))
             self._report(document, code=code)
         self._done.add(key)
-        self._at = (0, 0)
+        self._listener.at = (0, 0)
         return last
 
     def _instruction(self, spool: Spool, document: Mapping[str, Any], terms: Terms) -> Instruction:
         """An instruction with its release fetched and checked."""
         asked = st.instruction_of(document, lambda sha256, num_bytes: Blob(sha256, num_bytes, b""))
-        if asked.run_id != terms.run_id or asked.client_id != self.name:
+        if asked.run_id != terms.run_id or asked.client_id != self._listener.name:
             raise IdentityError("instruction: expected one of this run for this client, got another.")
         if document.get("base") != terms.document["hashes"] or document.get("spec") != terms.document["spec"][0]:
             raise IdentityError("instruction: expected the base and schema of the terms, got others.")
@@ -396,7 +235,7 @@ class Agent:
             instruction = self._instruction(spool, document, terms)
 
             def progress(step: int) -> None:
-                self._at = (instruction.round, step)
+                self._listener.at = (instruction.round, step)
                 self._still(document)
 
             self._log("training", round=instruction.round, bytes_down=instruction.num_bytes)
@@ -405,7 +244,7 @@ class Agent:
                 instruction.round, instruction.release_hash, instruction.version, blob(made.update), made.state
             )
             last = spool.save(finished)
-            self._held = last.version
+            self._listener.held = (terms.run_id, last.version)
         policies.check_upload(self._settings.policy, last.update.num_bytes)
         self._rounds.add((terms.run_id, last.round))
         self._upload(terms, spool, document, last)
@@ -416,14 +255,14 @@ class Agent:
             "kind": st.CLAIM,
             "run_id": terms.run_id,
             "round": last.round,
-            "client_id": self.name,
+            "client_id": self._listener.name,
             "parent": last.parent,
             "sha256": last.update.sha256,
             "num_bytes": last.update.num_bytes,
             "spec": terms.document["spec"][0],
             "witness": self._witness(spool, document),
         }
-        signed = st.signed(st.CLAIM, claim, _signer(self._settings.address.identity))
+        signed = st.signed(st.CLAIM, claim, self._sign)
         path = Path(str(last.update.content))
 
         def send() -> None:
@@ -449,7 +288,7 @@ class Agent:
             )
         if before != head:
             spool.witness(head)
-        signature = _signer(self._settings.address.identity)(WITNESS_DOMAIN, witness_statement(self.name, head))
+        signature = self._sign(WITNESS_DOMAIN, witness_statement(self._listener.name, head))
         return [head.n, head.hash, signature.hex()]
 
     def _measure(self, terms: Terms, spool: Spool, document: Mapping[str, Any]) -> None:
@@ -463,7 +302,7 @@ class Agent:
     def _report(self, document: Mapping[str, Any], **said: Any) -> None:
         about = {"run_id": document.get("run_id"), "round": document.get("round"), "instruction": document.get("kind")}
         kind = "figures" if "figures" in said else "failure"
-        message = st.signed(st.REPORT, {"kind": kind, **about, **said}, _signer(self._settings.address.identity))
+        message = st.signed(st.REPORT, {"kind": kind, **about, **said}, self._sign)
 
         def tell() -> None:
             self._still(document)
@@ -478,16 +317,6 @@ class Agent:
 
 def _key(document: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(str(document.get(name)) for name in ("kind", "run_id", "round", "release", "frozen", "why"))
-
-
-def _signer(identity: Identity | None) -> st.Sign:
-    if identity is None:
-        return lambda domain, statement: b""
-    return lambda domain, statement: sign(identity, domain, statement)
-
-
-def _verifier(key: bytes | None) -> st.Verify:
-    return lambda domain, statement, signature: key is None or verify(key, domain, statement, signature)
 
 
 def failure_code(error: BaseException) -> str:

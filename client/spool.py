@@ -123,3 +123,21 @@ class Spool:
         """Remember a head; `lamina log verify … witness=` reads the file."""
         self.root.mkdir(parents=True, exist_ok=True)
         append_durably(self.root / "witness.txt", witness_line(head))
+
+
+def newest(folder: Path) -> tuple[str, int]:
+    """The run of the last finished update in a site's folder, and the version that the client holds since.
+
+    Args:
+        folder: With a folder a run.
+
+    Returns:
+        Run id and version; an empty name and -1 where there is nothing whole.
+    """
+    found = sorted(folder.glob(f"*/finished-*/{_META}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        return "", -1
+    try:
+        return found[-1].parent.parent.name, int(json.loads(found[-1].read_text())["version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "", -1

@@ -29,22 +29,22 @@ from lamina.protos.identity import Identity
 from lamina.protos.link import check_exposed
 from lamina.protos.logs import Log
 from lamina.server import campaign as campaigns
-from lamina.server import checkpoint, events, run_directory
-from lamina.server.access import Access
-from lamina.server.blob_store import BlobStore
 from lamina.server.campaign import Campaign
-from lamina.server.database import Database, set_fact
 from lamina.server.finish import Run as Finished
 from lamina.server.finish import summarise, write_results
-from lamina.server.mailbox import Mailbox, Stopped
 from lamina.server.measuring import Measuring
 from lamina.server.metrics import Metrics
-from lamina.server.port import listen
-from lamina.server.roster import Roster
+from lamina.server.port.access import Access
+from lamina.server.port.listen import listen
+from lamina.server.port.mailbox import Mailbox, Stopped
+from lamina.server.port.roster import Roster
+from lamina.server.port.sites import Run
 from lamina.server.rounds import Completed, Evaluation, Loop
 from lamina.server.rounds import run as run_rounds
-from lamina.server.service import Run
-from lamina.server.store import DeploymentStore
+from lamina.server.store import checkpoint, events, run_directory
+from lamina.server.store.blobs import BlobStore
+from lamina.server.store.database import Database, set_fact
+from lamina.server.store.deployment import DeploymentStore
 from lamina.strategies.base import ServerState
 
 DATABASE = "coordinator.sqlite"

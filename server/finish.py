@@ -11,9 +11,10 @@ from lamina.protos.config import Config
 from lamina.protos.files import write_json
 from lamina.protos.messages import Budget
 from lamina.protos.spec import AdapterSpec
-from lamina.server import export, run_directory
+from lamina.server import export
 from lamina.server.report import write_report
 from lamina.server.rounds import Evaluation
+from lamina.server.store import run_directory
 from lamina.strategies.base import ServerState
 
 

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field, replace
 
 from lamina.protos.clock import Clock
 from lamina.server.campaign import Campaign
-from lamina.server.database import set_fact
-from lamina.server.mailbox import Mailbox
+from lamina.server.port.mailbox import Mailbox
+from lamina.server.port.roster import Roster
 from lamina.server.releases import released
-from lamina.server.roster import Roster
 from lamina.server.rounds import Evaluation
-from lamina.server.store import DeploymentStore
+from lamina.server.store.database import set_fact
+from lamina.server.store.deployment import DeploymentStore
 from lamina.strategies.base import ServerState
 
 # A client that is silent for so many heartbeats is not waited for: a figure less changes no adapter.

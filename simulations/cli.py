@@ -38,18 +38,6 @@ examples:
 keys (default):"""
 
 
-def _help() -> str:
-    defaults = Config()
-    lines = [_EXAMPLES]
-    for key, text in known_keys().items():
-        node: object = defaults
-        for part in key.split("."):
-            node = getattr(node, part)
-        lines.append(f"  {key} ({'' if node is None else node})\n      {text}")
-    lines.append("\nshorthands: data= model= strategy= partition= privacy= quantisation=")
-    return "\n".join(lines)
-
-
 def main(command: str, words: Sequence[str]) -> int:
     """Run `lamina simulate`.
 
@@ -62,11 +50,11 @@ def main(command: str, words: Sequence[str]) -> int:
     """
     words = list(words)
     if any(word in ("-h", "--help") for word in words):
-        print(_help())
+        print(compose.help_text(_EXAMPLES, list(known_keys())))
         return 0
     as_json, multirun = "--json" in words, "--multirun" in words or "-m" in words
     words = [word for word in words if word not in ("--json", "--multirun", "-m")]
-    base = _take_config(words)
+    base = compose.take_config(words, "--multirun, --config FILE, --json, --help")
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 120)
     quiet()
     configs = _configs(words, multirun, base)
@@ -94,20 +82,6 @@ def main(command: str, words: Sequence[str]) -> int:
     if as_json:
         print(json.dumps([{"path": str(one.path), **one.summary} for one in finished], indent=1))
     return 0
-
-
-def _take_config(words: list[str]) -> Path | None:
-    if "--config" not in words:
-        flags = [word for word in words if word.startswith("-")]
-        if flags:
-            raise ConfigError(f"{flags[0]}: no such option. Options: --multirun, --config FILE, --json, --help.")
-        return None
-    at = words.index("--config")
-    if at + 1 >= len(words):
-        raise ConfigError("--config: expected a YAML file after it.")
-    path = Path(words[at + 1])
-    del words[at : at + 2]
-    return path
 
 
 class _Shared:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lamina.client.data import Encoder, Example, check_columns, load_rows, text_columns
-from lamina.client.model import Base, BaseOptions, load_base
+from lamina.client.data import Encoder, Example, check_columns, examples_of, load_rows, text_columns
+from lamina.client.model import Base, BaseOptions, check_length, load_base
+from lamina.client.split import is_number
 from lamina.protos.config import Config, client_names
-from lamina.protos.errors import ConfigError, DataError
+from lamina.protos.errors import ConfigError
 from lamina.simulations import corpora
-from lamina.simulations.partition import Silo, deal
+from lamina.simulations.partition import deal
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ def prepare(config: Config, say: Callable[[str], None] = lambda text: None) -> P
     rows = corpora.stdlib_rows() if data.source == "stdlib" else load_rows(data.source, data)
     check_columns(rows, columns, f"data.source={data.source}")
     test_rows = None
-    if not _is_number(data.holdout):
+    if not is_number(data.holdout):
         test_rows = load_rows(data.holdout, data)
         check_columns(test_rows, columns, f"data.holdout={data.holdout}")
     labels = _labels(config, rows)
@@ -71,12 +72,14 @@ def prepare(config: Config, say: Callable[[str], None] = lambda text: None) -> P
             device=config.train.device,
         )
     )
-    _check_length(base, config)
+    check_length(base, config.train.max_length)
     encoder = Encoder(base.tokenizer, data, task, labels, config.train.max_length)
     dealt = dict(zip(client_names(config), silos, strict=True))
-    train = {client: _examples(encoder, silo, "train") for client, silo in dealt.items()}
+    train = {client: examples_of(encoder, silo.train, f"silo {silo.name!r}", "train") for client, silo in dealt.items()}
     held_out = {
-        client: _examples(encoder, silo, config.evaluate.split)[: config.evaluate.max_examples]
+        client: examples_of(
+            encoder, getattr(silo, config.evaluate.split), f"silo {silo.name!r}", config.evaluate.split
+        )[: config.evaluate.max_examples]
         for client, silo in dealt.items()
     }
     return Prepared(
@@ -89,14 +92,6 @@ def prepare(config: Config, say: Callable[[str], None] = lambda text: None) -> P
     )
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _labels(config: Config, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     if config.task != "sequence-classification":
         return ()
@@ -107,21 +102,3 @@ def _labels(config: Config, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...
     if len(set(labels)) != len(labels):
         raise ConfigError("data.labels: expected each label once. Remove the repeats.")
     return labels
-
-
-def _check_length(base: Base, config: Config) -> None:
-    longest = getattr(base.model.config, "max_position_embeddings", None)
-    if longest is not None and config.train.max_length > longest:
-        raise ConfigError(
-            f"train.max_length={config.train.max_length}: expected at most {longest}, what the base's positions reach."
-        )
-
-
-def _examples(encoder: Encoder, silo: Silo, split: str) -> list[Example]:
-    examples = encoder.examples(getattr(silo, split))
-    if not examples:
-        raise DataError(
-            f"silo {silo.name!r}: expected examples for {split}, its rows give none of at least two tokens. "
-            "Check the columns and train.max_length."
-        )
-    return examples

@@ -12,8 +12,8 @@ from lamina.protos import chain
 from lamina.protos.chain import Disagreement, Fault, Head
 from lamina.protos.errors import CheckpointError, ConfigError, IdentityError, nearest
 from lamina.protos.words import parsed
-from lamina.server.events import FILE_NAME
-from lamina.server.log_check import Checked, check
+from lamina.server.store.events import FILE_NAME
+from lamina.server.store.log_check import Checked, check
 
 _HELP = """\
 usage: lamina log verify RUN_DIR [ca=ca.pem] [witness=FILE]… [--json]

@@ -137,7 +137,7 @@ def _answered(kind: str, request: bytes, ca_pem: bytes, settings: Mapping[str, s
     if not address or not online:
         return None
     require_tls13()
-    from lamina.server.enrolment import ask  # brings in gRPC, which must not come before the line above
+    from lamina.server.port.enrolment import ask  # brings in gRPC, which must not come before the line above
 
     return ask(_address("address", address), ca_pem, kind, request)
 
@@ -164,7 +164,7 @@ def _sign(words: Sequence[str]) -> int:
 def _listen(words: Sequence[str]) -> int:
     (folder,), settings = _parsed("listen", words, 1, {"address": "127.0.0.1:8441"})
     require_tls13()
-    from lamina.server.enrolment import Listener  # brings in gRPC, which must not come before the line above
+    from lamina.server.port.enrolment import Listener  # brings in gRPC, which must not come before the line above
 
     authority = pki.opened(Path(folder), _passphrase())
     address = _address("address", settings["address"])

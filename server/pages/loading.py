@@ -13,7 +13,7 @@ import yaml
 
 from lamina.protos.errors import ConfigError
 from lamina.server.pages.charts import usable
-from lamina.server.run_directory import read_records
+from lamina.server.store.run_directory import read_records
 
 _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "an object": dict,

@@ -25,7 +25,7 @@ from lamina.protos.identity import certificates, requests, site
 from lamina.protos.identity.authority import MAX_ATTEMPTS, Authority
 from lamina.protos.identity.ledger import read_ledger
 from lamina.protos.identity.requests import MAX_REQUEST_BYTES, Invite, enrolment_request
-from lamina.server.enrolment import TokenBucket
+from lamina.server.port.enrolment import TokenBucket
 from tests.consortium import NOW, changed, csr, enrolled, invited, new_ca, new_tls_key, refused
 
 

@@ -29,9 +29,9 @@ from lamina.protos.identity.issuing import ENROLMENT_HOST
 from lamina.protos.identity.ledger import read_ledger
 from lamina.protos.identity.requests import MAX_REQUEST_BYTES, read_invite
 from lamina.protos.identity.site import prepare
-from lamina.server import enrolment
 from lamina.server.commands.pki import main
-from lamina.server.enrolment import Listener, TokenBucket, ask
+from lamina.server.port import enrolment
+from lamina.server.port.enrolment import Listener, TokenBucket, ask
 from tests.consortium import enrolled
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from lamina.protos.adapter import Adapter, LoraFactors
 from lamina.protos.errors import CheckpointError, ConfigError
-from lamina.server import checkpoint, run_directory
-from lamina.server.checkpoint import Checkpoint
+from lamina.server.store import checkpoint, run_directory
+from lamina.server.store.checkpoint import Checkpoint
 from lamina.strategies.base import LayerReport, ServerState
 from tests.runs import same_bits
 

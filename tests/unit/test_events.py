@@ -15,7 +15,7 @@ import pytest
 
 from lamina.protos.chain import GENESIS, Head
 from lamina.protos.errors import CheckpointError, LaminaError
-from lamina.server import events
+from lamina.server.store import events
 from tests.logs import coordinator, verified, written
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)

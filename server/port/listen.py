@@ -12,9 +12,9 @@ from lamina.protos.coordinator_pb2_grpc import add_CoordinatorServicer_to_server
 from lamina.protos.errors import ConfigError
 from lamina.protos.identity import Identity
 from lamina.protos.statements import MAX_STATEMENT_BYTES
-from lamina.server.access import Gate
-from lamina.server.operations import Operators
-from lamina.server.service import Run, Sites
+from lamina.server.port.access import Gate
+from lamina.server.port.operations import Operators
+from lamina.server.port.sites import Run, Sites
 
 # Statements and one part of an adapter are the largest messages there are.
 _MESSAGE_SLACK = 64 * 1024

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina.protos.errors import CheckpointError
-from lamina.server import events
+from lamina.server.store import events
 
 SCHEMA = 1
 _TABLES = """

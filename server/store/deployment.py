@@ -22,12 +22,12 @@ from lamina.protos.codec import opened_update
 from lamina.protos.errors import CheckpointError, UpdateRejected
 from lamina.protos.messages import Instruction, Rejection, Release, Reply
 from lamina.protos.statements import budget_document, budget_of, instruction_document, instruction_of
-from lamina.server import events
-from lamina.server.blob_store import BlobStore, is_whole
-from lamina.server.database import Database, set_fact
 from lamina.server.releases import Sent
 from lamina.server.rounds import Collected, Completed, Opened
-from lamina.server.run_directory import RunDirectory
+from lamina.server.store import events
+from lamina.server.store.blobs import BlobStore, is_whole
+from lamina.server.store.database import Database, set_fact
+from lamina.server.store.run_directory import RunDirectory
 
 EVENTS = events.FILE_NAME
 

@@ -15,9 +15,9 @@ from lamina.protos.adapter import Adapter, Array
 from lamina.protos.codec import canonical
 from lamina.protos.errors import CheckpointError, ConfigError
 from lamina.protos.files import append_durably, write_atomic, write_json
-from lamina.server import checkpoint
-from lamina.server.checkpoint import Checkpoint
 from lamina.server.rounds import Completed, Store
+from lamina.server.store import checkpoint
+from lamina.server.store.checkpoint import Checkpoint
 
 
 def create(path: Path, config_yaml: str) -> None:

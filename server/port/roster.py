@@ -12,10 +12,10 @@ from lamina.protos.errors import ConfigError, QuorumNotReached
 from lamina.protos.identity import peer_of
 from lamina.protos.messages import Budget
 from lamina.protos.spec import AdapterSpec
-from lamina.server.access import Caller
 from lamina.server.campaign import budget
-from lamina.server.mailbox import Mailbox
-from lamina.server.store import DeploymentStore
+from lamina.server.port.access import Caller
+from lamina.server.port.mailbox import Mailbox
+from lamina.server.store.deployment import DeploymentStore
 
 
 @dataclass(frozen=True)

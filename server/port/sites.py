@@ -27,13 +27,13 @@ from lamina.protos.errors import ConfigError
 from lamina.protos.files import file_digest
 from lamina.protos.identity import verify
 from lamina.protos.messages import Instruction, Rejection, Reply
-from lamina.server.access import Access, Caller, refuse
 from lamina.server.admission import size_cap_bytes
 from lamina.server.campaign import Campaign
-from lamina.server.mailbox import Mailbox
-from lamina.server.roster import Roster
-from lamina.server.store import DeploymentStore, Received
-from lamina.server.terms import terms
+from lamina.server.port.access import Access, Caller, refuse
+from lamina.server.port.mailbox import Mailbox
+from lamina.server.port.roster import Roster
+from lamina.server.port.terms import terms
+from lamina.server.store.deployment import DeploymentStore, Received
 from lamina.strategies.base import ServerState
 
 _ACK_BYTES = 8 * 1024**2
@@ -123,6 +123,8 @@ class Sites(CoordinatorServicer):
         try:
             versions = st.field(document, "versions", list)
             held, rank = st.field(document, "held", int), document.get("rank")
+            if st.field(document, "run_id", str) != run.campaign.run_id:
+                held = -1  # what it holds is of another run
             if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
                 raise st.BadStatement("malformed", "expected rank to be an integer >= 1 or null.")
             if st.PROTOCOL not in versions:

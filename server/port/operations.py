@@ -11,10 +11,10 @@ import grpc
 
 from lamina.protos import coordinator_pb2 as pb
 from lamina.protos.coordinator_pb2_grpc import CoordinatorServicer
-from lamina.server.access import refuse
 from lamina.server.export import write_adapter
-from lamina.server.run_directory import read_records
-from lamina.server.service import Run
+from lamina.server.port.access import refuse
+from lamina.server.port.sites import Run
+from lamina.server.store.run_directory import read_records
 
 _FILES = (
     "config.yaml", "rounds.jsonl", "summary.json", "layers.json", "events.jsonl", "ca.pem", "report.html",
