@@ -64,7 +64,8 @@ def main(command: str, words: Sequence[str]) -> int:
         )
     require_tls13()  # before gRPC is imported
     from lamina.client import policy as policies
-    from lamina.client.agent import Agent, Settings, Superseded
+    from lamina.client.agent import Agent, Superseded
+    from lamina.client.listening import Settings
     from lamina.client.model import quiet
     from lamina.client.preflight import NETWORK, preflight
     from lamina.client.worker import SiteWorker
