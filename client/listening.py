@@ -127,6 +127,8 @@ class Listener:
                     lost = self._clock.monotonic()
                     self.inbox.put(document=document)
             except Unreachable as error:
+                if self.over.is_set():
+                    return  # we hung up ourselves
                 fatal = self._unreachable(error, attempt, lost)
                 if fatal is not None:
                     self.inbox.put(error=fatal)

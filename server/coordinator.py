@@ -88,6 +88,11 @@ def serve(
     """
     checked(config)
     check_exposed(config.coordinator.listen, config.insecure, "coordinator.listen")
+    with run_directory.alone(path):
+        return _serve(config, path, log, clock, ready)
+
+
+def _serve(config: Config, path: Path, log: Log, clock: Clock, ready: Callable[[int], None] | None) -> int:
     started = time.monotonic()
     opened = open_run(config, path, log, clock)
     run = opened.run
@@ -100,13 +105,13 @@ def serve(
     if config.coordinator.metrics:
         endpoint, _ = metrics.serve(config.coordinator.metrics)
         closing.append(endpoint.shutdown)
-    over = threading.Event()
+    over, leave = threading.Event(), threading.Event()
     threading.Thread(target=_look_after, args=(run, log, over), daemon=True, name="look-after").start()
     try:
-        with _signals(run, log):
+        with _signals(run, leave):
             if ready is not None:
                 ready(number)
-            return _run(opened, log, metrics, started)
+            return _run(opened, log, metrics, started, leave)
     finally:
         over.set()
         run.live.ended = run.live.ended or "drained"
@@ -117,7 +122,7 @@ def serve(
         run.store.db.close()
 
 
-def _run(opened: Opened, log: Log, metrics: Metrics, started: float) -> int:
+def _run(opened: Opened, log: Log, metrics: Metrics, started: float, leave: threading.Event) -> int:
     run, config = opened.run, opened.run.config
 
     def announced(completed: Completed) -> None:
@@ -160,7 +165,7 @@ def _run(opened: Opened, log: Log, metrics: Metrics, started: float) -> int:
         state, why = run.live.latest or start, "stopped"
     _finish(opened, state, (measuring.known("base"), measuring.known("last")), why, time.monotonic() - started)
     log(why, round=state.round, adapter=str(run.store.path / "adapter"), report=str(run.store.path / "report.html"))
-    _farewell(run, why)
+    _farewell(run, why, leave)
     return 0
 
 
@@ -186,8 +191,8 @@ def _finish(
     run.store.note("end", {"ended": why}, why=why, round=state.round, adapter=sha256(content))
 
 
-def _farewell(run: Run, why: str) -> None:
-    """Tell the clients that the run is over, as far as they are on the line."""
+def _farewell(run: Run, why: str, leave: threading.Event) -> None:
+    """Tell the clients that the run is over, as far as they are on the line; then stay for operators, or until a signal."""
     run.live.ended = why
     run.mailbox.offer([])
     until = run.clock.monotonic() + _FAREWELL_S
@@ -196,7 +201,7 @@ def _farewell(run: Run, why: str) -> None:
         if not waiting:
             break
         run.clock.sleep(0.05)
-    run.clock.sleep(run.config.coordinator.linger_s)
+    leave.wait(run.clock.real(run.config.coordinator.linger_s))
 
 
 def _look_after(run: Run, log: Log, over: threading.Event) -> None:
@@ -210,17 +215,21 @@ def _look_after(run: Run, log: Log, over: threading.Event) -> None:
 
 
 @contextlib.contextmanager
-def _signals(run: Run, log: Log) -> Iterator[None]:
+def _signals(run: Run, leave: threading.Event) -> Iterator[None]:
     """End at a good moment on SIGTERM and SIGINT; a second one ends at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    def end() -> None:
+        leave.set()
+        run.mailbox.end("drained")
+
     def drain(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
-        run.live.ended = "drained"
-        # The main thread may hold the mailbox's lock just now.
-        threading.Thread(target=run.mailbox.end, args=("drained",), daemon=True).start()
+        run.live.ended = run.live.ended or "drained"
+        # The main thread may hold the mailbox's or the event's lock just now.
+        threading.Thread(target=end, daemon=True).start()
 
     before = {number: signal.signal(number, drain) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -87,7 +87,9 @@ def looked_at(settings: Mapping[str, str]) -> Iterator[Line]:
     yield from doctor.state(Path(settings["state"]))
     if settings["policy"]:
         yield from doctor.policy(Path(settings["policy"]))
-    if settings["model"]:
+    if settings["model"] == "tiny":
+        yield Line("ok", "model", "tiny comes with the package.")
+    elif settings["model"]:
         yield from doctor.base(Path(settings["model"]))
     if settings["listen"]:
         yield from doctor.listening(settings["listen"])

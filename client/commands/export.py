@@ -109,5 +109,6 @@ def _spec(words: Sequence[str], as_json: bool) -> int:
         "dense": sorted(spec.dense),
         "hashes": dict(spec.hashes),
     }
-    print(json.dumps(summary, indent=1) if as_json else f"{settings['output']}: {len(spec.modules)} modules")
+    told = f"{settings['output']}: {len(spec.modules)} modules; SHA-256 of the weights {spec.hashes.get('weights')}"
+    print(json.dumps(summary, indent=1) if as_json else told)
     return 0

@@ -43,9 +43,9 @@ class Operators(CoordinatorServicer):
                     after = record["round"]
                     yield pb.Document(json=json.dumps({"record": record}))
             now = status(run)
-            shown = {key: now[key] for key in ("state", "round", "clients", "rejections")}
-            for client in shown["clients"]:
-                client.pop("silent_s", None)
+            # Silences alone are no news: they grow all the time.
+            clients = [{key: one[key] for key in one if key != "silent_s"} for one in now["clients"]]
+            shown = {key: now[key] for key in ("state", "round", "rejections")} | {"clients": clients}
             if shown != last:
                 last = shown
                 yield pb.Document(json=json.dumps({"status": now}))
@@ -83,6 +83,8 @@ class Operators(CoordinatorServicer):
             refuse(
                 context, grpc.StatusCode.NOT_FOUND, f"{request.name[:200]!r}: no such file. See what ListFiles names."
             )
+        if request.offset > path.stat().st_size:
+            refuse(context, grpc.StatusCode.OUT_OF_RANGE, f"{request.name}: expected an offset within the file.")
         with path.open("rb") as file:
             file.seek(request.offset)
             while data := file.read(self.run.config.wire.chunk_bytes):
@@ -144,7 +146,7 @@ def status(run: Run) -> dict[str, Any]:
     return {
         "run_id": run.campaign.run_id,
         "state": _state(run, number),
-        "round": number,
+        "round": min(number, run.campaign.rounds),
         "rounds": run.campaign.rounds,
         "rounds_done": records[-1]["round"] if records else 0,
         "loss": records[-1]["loss"] if records else None,

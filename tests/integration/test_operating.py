@@ -1,0 +1,68 @@
+"""What operators see and do while a coordinator runs: watching, looking, and not starting it twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from lamina.protos.errors import ConfigError
+from lamina.server import operate
+from tests import deployment
+from tests.e2e.commands import lamina
+
+ROUNDS = 2
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> list[str]:
+    """The words of a short run without certificates."""
+    file = tmp_path / "spec.json"
+    file.write_text(deployment.spec().to_json())
+    return deployment.words(file, "insecure=true", f"rounds={ROUNDS}", "coordinator.linger_s=60")
+
+
+def test_watching_gives_lines_for_people(tmp_path: Path, given: list[str]) -> None:
+    with deployment.coordinator(tmp_path / "run", given) as running:
+        for name in deployment.NAMES:
+            deployment.in_thread(deployment.agent(name, running.port, tmp_path / name))
+        with operate.dialled(f"127.0.0.1:{running.port}", "", True, "operator") as coordinator:
+            lines = [operate.watched(document) for document in coordinator.watch()]
+            now = coordinator.status()
+    assert [line.split(":")[0] for line in lines if line.startswith("round")] == ["round 1", "round 2"]
+    assert "finished" in lines[-1]
+    assert "s ago" in lines[-1]
+    # There is no round after the last.
+    assert now["round"] == now["rounds"] == ROUNDS
+
+
+def test_a_second_coordinator_is_kept_out(tmp_path: Path, given: list[str]) -> None:
+    with deployment.coordinator(tmp_path / "run", given):
+        before = (tmp_path / "run" / "events.jsonl").read_bytes()
+        with deployment.coordinator(tmp_path / "run", given) as second, pytest.raises(ConfigError, match="another"):
+            second.join()
+        assert (tmp_path / "run" / "events.jsonl").read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_signal_ends_the_wait_for_operators(tmp_path: Path, given: list[str]) -> None:
+    port, log = deployment.free_port(), tmp_path / "log"
+    process = deployment.start_coordinator(tmp_path / "run", port, given, log)
+    try:
+        deployment.wait_for(log, "listening")
+        sites = [deployment.agent(name, port, tmp_path / name) for name in deployment.NAMES]
+        threads = [deployment.in_thread(one)[0] for one in sites]
+        for thread in threads:
+            thread.join(60)
+        deployment.wait_for(log, "finished")
+        assert lamina("fetch", f"127.0.0.1:{port}", "insecure=true", f"output={tmp_path / 'got'}").code == 0
+        os.kill(process.pid, signal.SIGTERM)
+        # Well below linger_s, and a bound only so that a failure ends.
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert (tmp_path / "got" / "adapter" / "adapter_model.safetensors").exists()
