@@ -14,7 +14,7 @@ from lamina.protos import coordinator_pb2 as pb
 from lamina.protos import identity as identities
 from lamina.protos.clock import SYSTEM
 from lamina.protos.errors import ConfigError, IdentityError, LaminaError
-from lamina.protos.link import Address, Link, check_exposed
+from lamina.protos.link import Address, Link, Unreachable, check_exposed
 
 
 class Remote:
@@ -80,7 +80,8 @@ def dialled(target: str, folder: str, insecure: bool, role: str) -> Iterator[Rem
 
     Raises:
         IdentityError: If the identity cannot be used.
-        LaminaError: If the coordinator was not reached or said no.
+        Unreachable: If the coordinator was not reached.
+        LaminaError: If it said no.
     """
     check_exposed(target, insecure, "HOST:PORT")
     identity = None
@@ -94,6 +95,12 @@ def dialled(target: str, folder: str, insecure: bool, role: str) -> Iterator[Rem
     link = Link(Address(target, identity, "operator", role), SYSTEM)
     try:
         yield Remote(link)
+    except Unreachable as error:
+        words = f"identity={folder}" if folder else "insecure=true"
+        raise Unreachable(
+            f"{target}: expected a running coordinator, got {error} `lamina doctor {words} coordinator={target}` says why. One "
+            "that has finished is gone after coordinator.linger_s; its run directory is where it ran."
+        ) from None
     except grpc.RpcError as error:
         raise LaminaError(f"{target}: {error}") from None
     finally:
