@@ -92,10 +92,15 @@ def message_options() -> list[tuple[str, int]]:
 
 
 def write(target: Path, chunks: Iterator[bytes]) -> int:
-    """Chunks into a file that is on the disk when this returns; the number of bytes."""
-    with target.open("wb", buffering=0) as file:
+    """Chunks into a new file that is on the disk when this returns, in place of the last one; the number of bytes.
+
+    A new one: to write over the pages of the last file is up to three times as fast, and no store of uploads could do so.
+    """
+    fresh = target.with_name(f"{target.name}.new")
+    with fresh.open("wb", buffering=0) as file:
         written = sum(file.write(chunk) for chunk in chunks)
         os.fsync(file.fileno())
+    os.replace(fresh, target)
     return written
 
 

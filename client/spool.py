@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lamina.protos.blobs import Blob
@@ -66,18 +66,19 @@ class Spool:
         """
         folder = self.root / f"finished-{finished.round:06d}"
         files = {f"state/{name}": content for name, content in finished.state.items()}
+        hashes = {name: sha256(content) for name, content in files.items()} | {_UPDATE: finished.update.sha256}
         files[_UPDATE] = finished.update.read()
         meta = {
             "round": finished.round,
             "parent": finished.parent,
             "version": finished.version,
-            "sha256": {name: sha256(content) for name, content in files.items()},
+            "sha256": hashes,
         }
         write_folder(folder, files | {_META: json.dumps(meta).encode()})
         for older in self.root.glob("finished-*"):
             if older != folder:
                 shutil.rmtree(older, ignore_errors=True)
-        return self._loaded(folder)
+        return replace(finished, update=replace(finished.update, content=folder / _UPDATE))
 
     def load(self) -> Finished | None:
         """The last finished update, every file checked, or None.

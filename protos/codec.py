@@ -121,7 +121,7 @@ def canonical(file: bytes) -> bytes:
     size = int.from_bytes(file[:8], "little")
     header = json.dumps(json.loads(file[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + file[8 + size :]
+    return b"".join((len(header).to_bytes(8, "little"), header, memoryview(file)[8 + size :]))
 
 
 def _tensors(

@@ -22,7 +22,7 @@ from lamina.protos.blobs import Blob
 from lamina.protos.clock import Clock
 from lamina.protos.coordinator_pb2_grpc import CoordinatorStub
 from lamina.protos.errors import ConfigError, IdentityError, LaminaError
-from lamina.protos.files import file_digest
+from lamina.protos.growing import Growing
 from lamina.protos.identity import Identity
 
 _AGAIN = (
@@ -185,23 +185,21 @@ class Link:
         if whole.is_file() and whole.stat().st_size == blob.num_bytes:
             return Blob(blob.sha256, blob.num_bytes, whole)
         folder.mkdir(parents=True, exist_ok=True)
-        digest, offset = (
-            file_digest(part) if part.exists() else file_digest(None),
-            part.stat().st_size if part.exists() else 0,
-        )
-        with part.open("ab", buffering=0) as file:
-            request = pb.DownloadRequest(sha256=blob.sha256, offset=offset)
-            for piece in self.stream("Download", request):
-                offset += len(piece.data)
-                if offset > blob.num_bytes:
-                    break
-                file.write(piece.data)
-                digest.update(piece.data)
-            if offset == blob.num_bytes:
-                os.fsync(file.fileno())
-        if offset < blob.num_bytes:
-            raise Unreachable(f"the download broke off at {offset} of {blob.num_bytes} bytes.")
-        if offset > blob.num_bytes or digest.hexdigest() != blob.sha256:
+        part.touch()
+        if part.stat().st_size > blob.num_bytes:
+            part.unlink()
+            part.touch()
+        with Growing(part) as growing:
+            if growing.size < blob.num_bytes:
+                request = pb.DownloadRequest(sha256=blob.sha256, offset=growing.size)
+                for piece in self.stream("Download", request):
+                    growing.write(piece.data)
+                    if growing.size >= blob.num_bytes:
+                        break
+            if growing.size < blob.num_bytes:
+                raise Unreachable(f"the download broke off at {growing.size} of {blob.num_bytes} bytes.")
+            found = growing.finish()
+        if growing.size > blob.num_bytes or found != blob.sha256:
             part.unlink()
             raise Refused(
                 grpc.StatusCode.DATA_LOSS, f"expected {blob.sha256[:12]}…, the coordinator sent other content."

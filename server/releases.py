@@ -28,13 +28,11 @@ class Sent:
         instruction: With the encoded release.
         budget: What it was cut to.
         decoded: As the client has it.
-        error: See `release_error`.
     """
 
     instruction: Instruction
     budget: Budget
     decoded: Release
-    error: float
 
 
 def released(
@@ -81,7 +79,30 @@ def _encode_release(campaign: Campaign, keep: Keep, state: ServerState, budget: 
         train=release.train,
         kind=kind,
     )
-    return Sent(instruction, budget, decoded, release_error(state, release, decoded))
+    return Sent(instruction, budget, decoded)
+
+
+def release_errors(campaign: Campaign, state: ServerState, sent: Mapping[str, Sent]) -> dict[str, float]:
+    """How far what each client holds is from the global adapter; see `release_error`.
+
+    Args:
+        campaign: Whose strategy made the releases.
+        state: What was released.
+        sent: Client id -> what it was sent; clients that were sent another state are left out.
+
+    Returns:
+        Client id -> error. Equal budgets share one computation.
+    """
+    known: dict[str, float] = {}
+    found: dict[str, float] = {}
+    for client, one in sent.items():
+        if one.instruction.version != state.round:
+            continue
+        key = repr(one.budget)
+        if key not in known:
+            known[key] = release_error(state, campaign.strategy.release(state, one.budget), one.decoded)
+        found[client] = known[key]
+    return found
 
 
 def release_error(state: ServerState, sent: Release, decoded: Release) -> float:

@@ -22,7 +22,7 @@ from lamina.protos.messages import Budget, Rejection, Release, Reply, Update
 from lamina.server import admission, selection
 from lamina.server.campaign import Campaign
 from lamina.server.channel import Channel
-from lamina.server.releases import Sent, released
+from lamina.server.releases import Sent, release_errors, released
 from lamina.strategies.base import ServerState, client_weights
 
 
@@ -65,12 +65,16 @@ class Collected:
         rejections: What was refused, and what clients reported as failed.
         num_bytes: Of all that arrived.
         closed: Whether no further update counts.
+        errors: Client id -> how far its release is from the global adapter.
+        seconds: From the round's opening to its last update.
     """
 
     updates: dict[str, Update] = field(default_factory=dict)
     rejections: list[Rejection] = field(default_factory=list)
     num_bytes: int = 0
     closed: bool = False
+    errors: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -214,8 +218,11 @@ def run_round(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Comple
         round_open = _open(loop, state, held)
         loop.store.open(round_open)
     collected = loop.store.collected(number)
-    if not collected.closed:
-        _collect(loop, round_open, collected)
+    _offer(loop, round_open, collected)
+    # While the clients train: it takes a while on large layers, and nothing waits for it.
+    collected.errors = release_errors(loop.campaign, state, round_open.sent)
+    _collect(loop, round_open, collected)
+    collected.seconds = time.monotonic() - started
     if len(collected.updates) < loop.campaign.quorum:
         reasons = ", ".join(sorted({r.reason for r in collected.rejections})) or "no reply"
         raise QuorumNotReached(
@@ -252,8 +259,9 @@ def _step(
         ),
         "relative_error": after.relative_error,
         "dropped_norm": max((layer.dropped_norm for layer in after.report.values()), default=0.0),
-        "release_error": max((one.error for one in sent.values()), default=0.0),
-        "release_error_by_client": {client: one.error for client, one in sent.items()},
+        "release_error": max(collected.errors.values(), default=0.0),
+        "release_error_by_client": dict(collected.errors),
+        "seconds_collect": collected.seconds,
         "seconds_aggregate": time.monotonic() - started,
         "seconds_train": sum(_claimed(updates, "seconds")),
         "epsilon": None,
@@ -328,19 +336,30 @@ def _open(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Opened:
     return Opened(number, dict(sorted({**carried, **sent}.items())), fewer + len(carried))
 
 
-def _collect(loop: Loop, round_open: Opened, collected: Collected) -> None:
-    """Admit what arrives until the round is full; a client's fault is a counted rejection."""
+def _offer(loop: Loop, round_open: Opened, collected: Collected) -> None:
+    """Ask everyone who has not answered; what had arrived before an interruption is judged first."""
+    if collected.closed:
+        return
     for reply in loop.store.unjudged(round_open.round):
         _judge(loop, round_open, reply, collected)
     answered = {*collected.updates, *(rejection.client_id for rejection in collected.rejections)}
     outstanding = [one.instruction for client, one in round_open.sent.items() if client not in answered]
     loop.channel.offer(outstanding)
-    if not outstanding or len(collected.updates) >= round_open.wanted:
+
+
+def _collect(loop: Loop, round_open: Opened, collected: Collected) -> None:
+    """Admit what arrives until the round is full; a client's fault is a counted rejection."""
+    if collected.closed or _has_enough(round_open, collected):
         return
     for reply in loop.channel.replies(loop.campaign.deadline_s):
         _judge(loop, round_open, reply, collected)
-        if len(round_open.sent) > round_open.wanted <= len(collected.updates):
-            return  # over-selected, and enough have answered
+        if _has_enough(round_open, collected):
+            return
+
+
+def _has_enough(round_open: Opened, collected: Collected) -> bool:
+    """Whether more were asked than are wanted, and so many have answered; otherwise everyone is heard."""
+    return len(round_open.sent) > round_open.wanted <= len(collected.updates)
 
 
 def _judge(loop: Loop, round_open: Opened, reply: Reply, collected: Collected) -> None:
