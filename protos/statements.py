@@ -17,6 +17,7 @@ from lamina.protos.messages import Budget, Instruction
 
 PROTOCOL = 1
 MAX_STATEMENT_BYTES = 4 * 1024**2
+MAX_NUMBER = 2**53
 TERMS, INSTRUCTION, CLAIM, REPORT, REGISTER = "terms", "instruction", "update", "report", "register"
 
 Sign = Callable[[str, bytes], bytes]
@@ -100,6 +101,26 @@ def field(document: Mapping[str, Any], name: str, kind: type) -> Any:
     value = document.get(name)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise BadStatement("malformed", f"expected {name} to be {kind.__name__}, got {type(value).__name__}.")
+    return value
+
+
+def bounded(document: Mapping[str, Any], name: str, least: int) -> int:
+    """An integer field that any database, file and message can hold.
+
+    Args:
+        document: A statement.
+        name: Of the field.
+        least: Its lowest value.
+
+    Returns:
+        The value.
+
+    Raises:
+        BadStatement: If it is absent, of another type, below `least` or above 2**53.
+    """
+    value = int(field(document, name, int))
+    if not least <= value <= MAX_NUMBER:
+        raise BadStatement("malformed", f"expected {least} <= {name} <= {MAX_NUMBER}, got another number.")
     return value
 
 

@@ -127,6 +127,11 @@ class Mailbox:
         with self._changed:
             return self._offers.get(client_id)
 
+    def waits_for(self, client_id: str) -> bool:
+        """Whether a client's answer to what it is asked now has not come yet."""
+        with self._changed:
+            return client_id in self._waiting
+
     def await_offer(self, client_id: str, after: int, seconds: float) -> Offer | None:
         """An offer newer than number `after`, or None when so long has passed."""
         with self._changed:

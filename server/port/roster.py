@@ -107,8 +107,9 @@ class Roster:
     def leave(self, client_id: str) -> None:
         """The client takes no part in later rounds, until it registers again."""
         with self._store.db.change() as connection:
-            connection.execute("UPDATE clients SET present = 0 WHERE client_id = ?", (client_id,))
-            self._store.log(connection, "leave", client_id=client_id)
+            found = connection.execute("UPDATE clients SET present = 0 WHERE client_id = ? AND present", (client_id,))
+            if found.rowcount:
+                self._store.log(connection, "leave", client_id=client_id)
         self._store.mirror()
 
     def saw(self, client_id: str, round_number: int = 0, step: int = 0) -> None:

@@ -122,14 +122,15 @@ class Sites(CoordinatorServicer):
         document = self._read(request, st.REGISTER, caller, context)
         try:
             versions = st.field(document, "versions", list)
-            held, rank = st.field(document, "held", int), document.get("rank")
+            held, rank = st.bounded(document, "held", -1), document.get("rank")
             if st.field(document, "run_id", str) != run.campaign.run_id:
                 held = -1  # what it holds is of another run
-            if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-                raise st.BadStatement("malformed", "expected rank to be an integer >= 1 or null.")
+            if rank is not None:
+                st.bounded(document, "rank", 1)
             if st.PROTOCOL not in versions:
                 raise ConfigError(
-                    f"expected protocol {st.PROTOCOL} among the client's, got {versions[:8]}. Install a matching version."
+                    f"expected protocol {st.PROTOCOL} among the client's, got {str(versions[:8])[:60]}. "
+                    "Install a matching version."
                 )
             budget = run.roster.register(caller, rank, held, run.campaign.strategy.equal_ranks)
         except st.BadStatement as error:
@@ -182,6 +183,8 @@ class Sites(CoordinatorServicer):
         blob = run.store.blobs.find(request.sha256) if request.sha256 in names else None
         if blob is None:
             refuse(context, grpc.StatusCode.NOT_FOUND, f"{request.sha256[:12]}: nothing of this name is for you now.")
+        if request.offset > blob.num_bytes:
+            refuse(context, grpc.StatusCode.OUT_OF_RANGE, f"expected an offset of at most {blob.num_bytes}.")
         size = run.config.wire.chunk_bytes
         with open(str(blob.content), "rb", buffering=0) as file:
             file.seek(request.offset)
@@ -240,14 +243,10 @@ class Sites(CoordinatorServicer):
         """The claim's fields, each of its type; nothing of them is believed yet."""
         try:
             document = st.read(claim, st.CLAIM, self._verifier(caller))
-            for name, kind in (
-                ("run_id", str),
-                ("round", int),
-                ("client_id", str),
-                ("parent", str),
-                ("num_bytes", int),
-            ):
-                st.field(document, name, kind)
+            for name in ("run_id", "client_id", "parent"):
+                st.field(document, name, str)
+            for name in ("round", "num_bytes"):
+                st.bounded(document, name, 0)
             sha256 = st.field(document, "sha256", str)
         except st.BadStatement as error:
             raise _Refused(error.reason, str(error)) from None
@@ -331,15 +330,17 @@ class Sites(CoordinatorServicer):
     def _witness(self, document: dict[str, Any], caller: Caller) -> tuple[int, str, str] | None:
         """The countersignature that came with a claim, if it holds; it is no reason to refuse an update."""
         found = document.get("witness")
+        if not isinstance(found, list) or [type(one) for one in found] != [int, str, str]:
+            return None
+        n, seen, signature = found
         try:
-            n, seen, signature = found  # type: ignore[misc]
-            fields = chain.countersignature(caller.name, Head(int(n), str(seen)), bytes.fromhex(signature))
-        except (TypeError, ValueError):
+            fields = chain.countersignature(caller.name, Head(n, seen), bytes.fromhex(signature))
+        except ValueError:
             return None
         # The log's reader checks it with the certificate that was registered, which may be older than this connection's.
         key = self.run.roster.signing_key(caller.name)
         fault = chain.countersignature_fault(fields, self.run.store.hash_at, key, verify)
-        return None if fault else (int(n), str(seen), str(signature))
+        return None if fault else (n, seen, signature)
 
     # What else a client has to say.
 
@@ -349,14 +350,15 @@ class Sites(CoordinatorServicer):
         document = self._read(request, st.REPORT, caller, context)
         if document.get("kind") == "leave":
             run.roster.leave(caller.name)
-            run.mailbox.deliver(Reply(caller.name, None, "left"))
+            if run.mailbox.waits_for(caller.name):
+                run.mailbox.deliver(Reply(caller.name, None, "left"))
             return pb.Done()
         offer = run.mailbox.current(caller.name)
         asked = offer and (offer.instruction.run_id, offer.instruction.round, offer.instruction.kind)
         figures = document.get("kind") == "figures"
         about = (document.get("run_id"), document.get("round"), document.get("instruction"))
-        if asked is None or about != asked:
-            return pb.Done()  # about something that is over
+        if asked is None or about != asked or not run.mailbox.waits_for(caller.name):
+            return pb.Done()  # about something that is over, or said before
         if figures and asked[2] == "evaluate":
             run.mailbox.deliver(Reply(caller.name, None, figures=_figures(document.get("figures"))))
         else:
@@ -390,7 +392,7 @@ def _figures(found: Any) -> dict[str, float]:
     """Figures of an evaluation that can be: finite, not negative; otherwise none."""
     if not isinstance(found, dict):
         return {}
-    names = ("nats", "targets", "hits")
-    values = {name: found.get(name) for name in names}
-    fine = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < 1e15 for v in values.values())
-    return {name: float(value) for name, value in values.items()} if fine and values["targets"] else {}  # type: ignore[arg-type]
+    least = {"nats": 0, "targets": 1, "hits": 0}
+    values: dict[str, Any] = {name: found.get(name) for name in least}
+    fine = all(type(v) in (int, float) and least[name] <= v < 1e15 for name, v in values.items())
+    return {name: float(value) for name, value in values.items()} if fine else {}
