@@ -15,6 +15,8 @@ import safetensors
 from lamina.protos.adapter import Array
 
 MAX_HEADER_BYTES = 32 * 1024**2
+# Empty arrays take no bytes, so their shapes could be beyond what numpy holds; no parameter of a model comes near.
+MAX_DIMENSIONS, MAX_SIZE = 16, 2**40
 
 
 class LayoutError(Exception):
@@ -77,6 +79,8 @@ def parse(source: bytes | Path, num_bytes: int, known: Mapping[str, Any]) -> tup
     for name, part in header.items():
         if part["dtype"] not in known:
             raise LayoutError(f"got {name} of format {part['dtype']}, not one of {sorted(known)}")
+        if len(part["shape"]) > MAX_DIMENSIONS or any(size > MAX_SIZE for size in part["shape"]):
+            raise LayoutError(f"got {name} of {len(part['shape'])} dimensions, or one too long")
         start, stop = part["data_offsets"]
         dtype = np.dtype(known[part["dtype"]])
         tensors[name] = Tensor(source, dtype, tuple(part["shape"]), 8 + len(head) + start, stop - start)

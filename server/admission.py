@@ -6,12 +6,13 @@ Reasons: `too-large`, `malformed`, `wrong-run`, `wrong-round`, `wrong-client`, `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
 
-from lamina.protos.adapter import Adapter, is_finite
+from lamina.protos.adapter import Adapter, Array, is_finite
 from lamina.protos.blobs import Blob
 from lamina.protos.codec import opened_update
 from lamina.protos.errors import AdapterMismatch, UpdateRejected
@@ -22,6 +23,8 @@ from lamina.strategies.factors import change
 HEADER_BYTES = 1024**2
 BYTES_PER_MODULE = 1024
 MAX_EXAMPLES = 1_000_000_000
+# Beyond it a number is no training's: sums of such updates would overflow the float32 or float16 of later releases.
+MAX_MAGNITUDE = 1e6
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,34 @@ def _check_adapter(adapter: Adapter, expected: Expected, where: str) -> None:
                 f"{where}: expected rank {rank} and scale {scale:g} for {module}, got {factors.rank} and {factors.scale:g}. "
                 "Register the new rank before training with it.",
             )
-    if not is_finite(adapter):
-        raise UpdateRejected("non-finite", f"{where}: expected finite numbers. Lower the learning rate.")
+    found = _magnitude(adapter)
+    if not found <= MAX_MAGNITUDE:
+        if not is_finite(adapter):
+            raise UpdateRejected("non-finite", f"{where}: expected finite numbers. Lower the learning rate.")
+        raise UpdateRejected(
+            "norm", f"{where}: expected factors and products of norm <= {MAX_MAGNITUDE:g}, got {found:g}."
+        )
     if expected.max_norm is not None:
         norm = change_norm(adapter, expected.received, expected.spec)
         if norm > expected.max_norm:
             raise UpdateRejected("norm", f"{where}: expected a change of norm <= {expected.max_norm:g}, got {norm:g}.")
+
+
+def _magnitude(adapter: Adapter) -> float:
+    """The largest of all norms of factors and dense parameters and of bounds on the products' norms.
+
+    Infinite where a number is not finite, or its square in float32.
+    """
+    found = [_norm(value) for value in adapter.dense.values()]
+    for factors in adapter.lora.values():
+        a, b = _norm(factors.A), _norm(factors.B)
+        found += [a, b, factors.scale * a * b]
+    return max(found, default=0.0) if all(map(math.isfinite, found)) else math.inf
+
+
+def _norm(value: Array) -> float:
+    flat = value.ravel()
+    return math.sqrt(float(np.vdot(flat, flat)))
 
 
 def change_norm(adapter: Adapter, received: Adapter, spec: AdapterSpec) -> float:

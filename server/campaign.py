@@ -186,6 +186,7 @@ def campaign(config: Config, spec: AdapterSpec, found: Mapping[str, Budget], run
         seed=config.seed,
         deadline_s=config.clients.deadline_s,
         carry_rounds=config.clients.carry_rounds,
+        max_norm=config.aggregation.max_norm,
     )
 
 

@@ -63,6 +63,7 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "lora.lora_alpha": (0, math.inf, False),
     "aggregation.rank_cap": (1, math.inf, True),
     "aggregation.learning_rate": (0, math.inf, False),
+    "aggregation.max_norm": (0, math.inf, False),
     "evaluate.every": (1, math.inf, True),
     "evaluate.max_examples": (1, math.inf, True),
     "evaluate.batch_size": (1, math.inf, True),

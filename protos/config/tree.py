@@ -149,6 +149,9 @@ class AggregationConfig:
     )
     weights: str = _doc("num_examples", "num_examples, uniform, or contributors (renormalised by layer)")
     learning_rate: float = _doc(1.0, "server's step on the mean change")
+    max_norm: float | None = _doc(
+        None, "an update whose change, over all modules, has a larger norm is refused; default: 1e6 a module"
+    )
 
 
 @dataclass
