@@ -27,6 +27,7 @@ from lamina.protos.errors import (
     IdentityError,
     LaminaError,
     PolicyRefused,
+    StorageError,
     TrainingError,
     UpdateRejected,
 )
@@ -120,9 +121,15 @@ class Agent:
     def _take_part(self, terms: Terms) -> bool:
         """One run, from its terms to its end; False where another has begun."""
         spool = Spool(self._settings.folder / terms.run_id)
-        last = spool.load()
         self._log("run", run_id=terms.run_id, rounds=terms.document["rounds"], rank=terms.document["rank"])
-        spec = self._spec(terms, spool)
+        try:
+            last = spool.load()
+            spec = self._spec(terms, spool)
+        except OSError as error:
+            raise StorageError(
+                f"{error.filename or spool.root}: expected room and the right to read and write, got: {error.strerror}. "
+                "Make room or set client.state, and start again; nothing is lost."
+            ) from None
         self._worker.begin(terms.document, spec, last.state if last else {}, last.version if last else -1)
         self._listener.held = (terms.run_id, last.version if last else -1)
         self._log("ready", last_finished_round=last.round if last else None)

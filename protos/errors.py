@@ -1,6 +1,7 @@
 """The exception tree, with the exit code that the command line gives for each.
 
     LaminaError                 1  a fault of ours
+      StorageError              1  a disk that is full, or fails
       ConfigError               2  a setting, file or column that cannot be used
         DataError               2  data that cannot be read or trained on
         CheckpointError         2  a checkpoint that is corrupt, truncated or of another base
@@ -24,6 +25,10 @@ class LaminaError(Exception):
     """Base of all errors raised on purpose; its own exit code means a fault of ours."""
 
     exit_code = 1
+
+
+class StorageError(LaminaError):
+    """A disk that is full, or fails; what was complete before is kept."""
 
 
 class ConfigError(LaminaError):

@@ -7,6 +7,8 @@ threads meet it in the mailbox and the store.
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import secrets
 import shutil
 import signal
@@ -23,7 +25,7 @@ from lamina.protos import spec as specs
 from lamina.protos.blobs import Blob
 from lamina.protos.clock import SYSTEM, Clock
 from lamina.protos.config import Config, checked
-from lamina.protos.errors import CheckpointError, ConfigError, IdentityError
+from lamina.protos.errors import CheckpointError, ConfigError, IdentityError, StorageError
 from lamina.protos.files import sha256, write_atomic
 from lamina.protos.identity import Identity
 from lamina.protos.link import check_exposed
@@ -49,6 +51,7 @@ from lamina.strategies.base import ServerState
 
 DATABASE = "coordinator.sqlite"
 _LOOK_S = 1.0
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 # How long clients that hang on the line are given to hear that the run is over.
 _FAREWELL_S = 10.0
 
@@ -68,6 +71,25 @@ class Opened:
     resumed: Completed | None
 
 
+def _disk_told(serving: Callable[..., int]) -> Callable[..., int]:
+    """Say of a disk that is full or fails what can be done, in place of a traceback."""
+
+    @functools.wraps(serving)
+    def told(config: Config, path: Path, *rest: Any, **named: Any) -> int:
+        try:
+            return serving(config, path, *rest, **named)
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            raise StorageError(
+                f"{error.filename or path}: expected room and the right to write, got: {error.strerror}. What was completed "
+                f"is kept in {path}: make room, and start again with the same output."
+            ) from None
+
+    return told
+
+
+@_disk_told
 def serve(
     config: Config, path: Path, log: Log, clock: Clock = SYSTEM, ready: Callable[[int], None] | None = None
 ) -> int:
@@ -308,7 +330,7 @@ def open_run(config: Config, path: Path, log: Log, clock: Clock) -> Opened:
 
 def _identity(config: Config, clock: Clock) -> tuple[Identity | None, Access]:
     if config.insecure:
-        return None, Access(None, None)
+        return None, Access(None, None, clock)
     if not config.coordinator.identity:
         raise IdentityError(
             "coordinator.identity: expected the folder with the coordinator's certificate. Make one with `lamina pki`, "
@@ -324,7 +346,7 @@ def _identity(config: Config, clock: Clock) -> tuple[Identity | None, Access]:
     revocations = Path(named) if named else beside if beside.exists() else None
     if revocations is not None and not revocations.is_file():
         raise IdentityError(f"coordinator.revocations={named}: expected the consortium's crl.pem, found none.")
-    return identity, Access(identity.ca_pem, revocations)
+    return identity, Access(identity.ca_pem, revocations, clock)
 
 
 def _signer(identity: Identity) -> Callable[[str, bytes], bytes]:

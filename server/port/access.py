@@ -7,15 +7,18 @@ be one of the method's. Without certificates (`insecure=true`, loopback only) a 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
 
-from lamina.protos.errors import IdentityError
+from lamina.protos.clock import SYSTEM, Clock
+from lamina.protos.errors import CheckpointError, IdentityError, StorageError
 from lamina.protos.identity import ROLES, Peer, peer_of, read_revocations
+from lamina.server.port.calls import Call, Calls
 
 _SITE, _WATCHERS, _OPERATOR = frozenset({"client"}), frozenset({"operator", "auditor"}), frozenset({"operator"})
 _PREFIX = "/lamina.v1.Coordinator/"
@@ -63,13 +66,15 @@ class Access:
     Args:
         ca_pem: The consortium's CA, or None without certificates.
         revocations: The CRL, or None where there is none.
+        clock: For calls that stand still.
 
     Raises:
         IdentityError: If the list is there and is not the CA's.
     """
 
-    def __init__(self, ca_pem: bytes | None, revocations: Path | None) -> None:
+    def __init__(self, ca_pem: bytes | None, revocations: Path | None, clock: Clock = SYSTEM) -> None:
         self._ca, self._path = ca_pem, revocations
+        self.calls = Calls(clock)
         self._peers: dict[bytes, Peer] = {}
         self._lock = threading.Lock()
         self._revoked: frozenset[int] = frozenset()
@@ -79,14 +84,14 @@ class Access:
             self._revoked, self._stamp = read_revocations(revocations, ca_pem), _stamp(revocations)
 
     def reload(self) -> None:
-        """Read the list again if its file has changed; one that cannot be read leaves the last in force."""
-        if self._ca is None or self._path is None or _stamp(self._path) == self._stamp:
-            return
-        try:
-            stamp = _stamp(self._path)
-            self._revoked, self._stamp, self.fault = read_revocations(self._path, self._ca), stamp, ""
-        except (IdentityError, OSError) as error:
-            self.fault = str(error)
+        """Read the list again if its file has changed; one that cannot be read leaves the last in force. End stale calls."""
+        if self._ca is not None and self._path is not None and _stamp(self._path) != self._stamp:
+            try:
+                stamp = _stamp(self._path)
+                self._revoked, self._stamp, self.fault = read_revocations(self._path, self._ca), stamp, ""
+            except (IdentityError, OSError) as error:
+                self.fault = str(error)
+        self.calls.sweep(lambda serial: serial in self._revoked)
 
     def is_revoked(self, caller: Caller) -> bool:
         """Whether a caller's certificate is on the list."""
@@ -133,8 +138,7 @@ class Access:
             caller = self.caller(context)
         except IdentityError as error:
             refuse(context, grpc.StatusCode.UNAUTHENTICATED, str(error))
-        if self.is_revoked(caller):
-            refuse(context, grpc.StatusCode.UNAUTHENTICATED, f"the certificate of {caller.name} was revoked.")
+        self.check_open(caller, context)
         if caller.role not in METHOD_ROLES.get(method, frozenset()):
             allowed = ", ".join(sorted(METHOD_ROLES.get(method, frozenset()))) or "nobody"
             refuse(
@@ -147,7 +151,11 @@ class Access:
     def check_open(self, caller: Caller, context: Any) -> None:
         """End a stream whose caller was revoked while it was open."""
         if self.is_revoked(caller):
-            refuse(context, grpc.StatusCode.UNAUTHENTICATED, f"the certificate of {caller.name} was revoked.")
+            refuse(
+                context,
+                grpc.StatusCode.UNAUTHENTICATED,
+                f"the certificate of {caller.name} was revoked. Ask the consortium's operator; a new invite gives a new one.",
+            )
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -187,14 +195,31 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]
             return None
         access, method = self._access, details.method
 
+        @contextmanager
+        def entered(request: Any, context: Any) -> Iterator[Any]:
+            """The request to go on with, once its caller may come in."""
+            context.caller = access.check(method, context)
+            call = Call(context.caller.name, context.caller.serial, context, bool(handler.request_streaming))
+            with access.calls.counted(call) as allowed:
+                if not allowed:
+                    refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, f"{call.name} has too many calls open.")
+                try:
+                    yield access.calls.watched(call, request) if call.sends else request
+                except StorageError:
+                    told = "the coordinator's disk is full or fails. Its operator is told; try again later."
+                    refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, told)
+                except CheckpointError:
+                    told = "the coordinator's files are damaged. Its operator is told; try again later."
+                    refuse(context, grpc.StatusCode.INTERNAL, told)
+
         def checked(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
             def call(request: Any, context: Any) -> Any:
-                context.caller = access.check(method, context)
-                return behaviour(request, context)
+                with entered(request, context) as received:
+                    return behaviour(received, context)
 
             def stream(request: Any, context: Any) -> Any:
-                context.caller = access.check(method, context)
-                yield from behaviour(request, context)
+                with entered(request, context) as received:
+                    yield from behaviour(received, context)
 
             return stream if handler.response_streaming else call
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lamina.protos.errors import CheckpointError
+from lamina.protos.errors import CheckpointError, StorageError
 from lamina.server.store import events
 
 SCHEMA = 1
@@ -26,6 +26,9 @@ CREATE TABLE IF NOT EXISTS rejections (
   times INTEGER NOT NULL, PRIMARY KEY (round, client_id, reason));
 """
 
+# SQLite's names of what a full or failing disk gives; every other is about the file's content.
+_DISK = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_BUSY")
+
 
 class Database:
     """One connection, used by one thread at a time.
@@ -38,7 +41,7 @@ class Database:
     """
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.RLock()
+        self._lock, self._path = threading.RLock(), path
         try:
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._connection.execute("PRAGMA journal_mode=WAL")
@@ -52,7 +55,12 @@ class Database:
             self._connection.executescript(_TABLES)
             self._connection.execute(f"PRAGMA user_version={SCHEMA}")
             events.create_tables(self._connection)
+            (found, *_), *_ = self._connection.execute("PRAGMA quick_check(1)").fetchall()
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
         except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorname", "").startswith(_DISK):
+                raise storage_error(path, error) from None
             raise CheckpointError(
                 f"{path}: expected the coordinator's database, got: {error}. Restore it, or start in a new directory."
             ) from None
@@ -63,15 +71,28 @@ class Database:
 
         Yields:
             The connection.
+
+        Raises:
+            StorageError: If the disk is full or fails.
         """
-        with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
+        with self._lock, self._translated():
             try:
+                self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
+                self._connection.commit()
             except BaseException:
                 self._connection.rollback()
                 raise
-            self._connection.commit()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """SQLite's word for a full disk or a damaged file as one of ours."""
+        try:
+            yield
+        except (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InternalError):
+            raise  # ours
+        except sqlite3.DatabaseError as error:
+            raise storage_error(self._path, error) from None
 
     @contextmanager
     def alone(self) -> Iterator[sqlite3.Connection]:
@@ -80,12 +101,12 @@ class Database:
         Yields:
             The connection.
         """
-        with self._lock:
+        with self._lock, self._translated():
             yield self._connection
 
     def rows(self, query: str, *values: Any) -> list[Any]:
         """All rows of a query."""
-        with self._lock:
+        with self._lock, self._translated():
             return self._connection.execute(query, values).fetchall()
 
     def fact(self, name: str) -> str | None:
@@ -97,6 +118,22 @@ class Database:
         """Close the file."""
         with self._lock:
             self._connection.close()
+
+
+def storage_error(path: Path, error: sqlite3.DatabaseError) -> StorageError:
+    """SQLite's error as one of ours.
+
+    Args:
+        path: The database.
+        error: As SQLite raised it.
+
+    Returns:
+        What was expected, what was got, what to do.
+    """
+    return StorageError(
+        f"{path}: expected to read and write the coordinator's database, got: {error}. What was completed is kept: make "
+        "room, or restore the disk, and start again with the same output."
+    )
 
 
 def set_fact(connection: sqlite3.Connection, name: str, value: str) -> None:

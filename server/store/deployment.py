@@ -21,7 +21,7 @@ from lamina.protos.codec import opened as opened_adapter
 from lamina.protos.codec import opened_update
 from lamina.protos.errors import CheckpointError, UpdateRejected
 from lamina.protos.messages import Instruction, Rejection, Release, Reply
-from lamina.protos.statements import budget_document, budget_of, instruction_document, instruction_of
+from lamina.protos.statements import BadStatement, budget_document, budget_of, instruction_document, instruction_of
 from lamina.server.releases import Sent
 from lamina.server.rounds import Collected, Completed, Opened
 from lamina.server.store import events
@@ -133,7 +133,15 @@ class DeploymentStore(RunDirectory):
         found = self.db.rows("SELECT opened FROM rounds WHERE round = ?", round_number)
         if not found:
             return None
-        document = json.loads(found[0][0])
+        try:
+            return self._opened(round_number, json.loads(found[0][0]))
+        except (ValueError, KeyError, TypeError, AttributeError, BadStatement, UpdateRejected) as error:
+            raise CheckpointError(
+                f"{self.path}: expected round {round_number} in the database as it was opened, got {error!r}. "
+                "Restore the directory from a copy, or begin again in a new one."
+            ) from None
+
+    def _opened(self, round_number: int, document: Mapping[str, Any]) -> Opened:
         budgets = {name: budget_of(budget) for name, budget in document["budgets"].items()}
         sent = {}
         for client, one in document["sent"].items():

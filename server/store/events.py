@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from lamina.protos import chain
 from lamina.protos.chain import GENESIS, Fault, Head
-from lamina.protos.errors import CheckpointError, LaminaError
+from lamina.protos.errors import CheckpointError, LaminaError, StorageError
 
 FILE_NAME = "events.jsonl"
 
@@ -95,8 +95,8 @@ def flush(db: sqlite3.Connection, path: Path) -> None:
         path: `RUN_DIR/events.jsonl`.
 
     Raises:
-        CheckpointError: If the file's end is not what the database knows, or it cannot be written; the events stay in the
-            outbox.
+        CheckpointError: If the file's end is not what the database knows.
+        StorageError: If it cannot be read or written; the events stay in the outbox.
         LaminaError: If a transaction is open.
     """
     _mirror(db, path, _last)
@@ -114,6 +114,7 @@ def reconcile(db: sqlite3.Connection, path: Path) -> None:
     Raises:
         CheckpointError: If the file lacks records, has others, or has more than the database; nothing but a torn line is
             changed. Signatures are not checked.
+        StorageError: If it cannot be read or written.
         LaminaError: If a transaction is open.
     """
     _mirror(db, path, _all)
@@ -133,7 +134,7 @@ def _mirror(db: sqlite3.Connection, path: Path, last: Callable[[sqlite3.Connecti
             # Also where all lines are there: they may be in memory only, and the outbox is about to forget them.
             _write(path, whole, "".join(line for n, line in waiting if n > there).encode("ascii"))
     except OSError as error:
-        raise CheckpointError(
+        raise StorageError(
             f"{path}: expected to read and write the event log, got {error.strerror}. What it lacks is safe in the "
             "coordinator's database and is written at the next start: make room or give access, and start again."
         ) from None

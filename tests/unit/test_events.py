@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lamina.protos.chain import GENESIS, Head
-from lamina.protos.errors import CheckpointError, LaminaError
+from lamina.protos.errors import CheckpointError, LaminaError, StorageError
 from lamina.server.store import events
 from tests.logs import coordinator, verified, written
 
@@ -333,17 +333,17 @@ def test_a_place_that_cannot_be_written_keeps_the_events(
 ) -> None:
     add(db, 1)
     path.mkdir()
-    with pytest.raises(CheckpointError, match="safe in the coordinator's database"):
+    with pytest.raises(StorageError, match="safe in the coordinator's database"):
         events.flush(db, path)
     path.rmdir()
-    with pytest.raises(CheckpointError, match="No such file"):
+    with pytest.raises(StorageError, match="No such file"):
         events.flush(db, path.parent / "absent" / "events.jsonl")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         events.flush(db, path)
     monkeypatch.undo()
     assert waiting(db) == [0]

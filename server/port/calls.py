@@ -1,0 +1,114 @@
+"""The open calls of each caller: how many one may have, one upload at a time, and an end to those that stand still.
+
+No caller can take the port away from the others: neither with many calls, nor with uploads that never come, nor with calls that
+were opened before its certificate was revoked.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lamina.protos.clock import SYSTEM, Clock
+
+# A site has four open at most: instructions, a sign of life, an adapter down or up, and one of these dialled again.
+MOST = 16
+STALL_S = 240.0
+
+
+@dataclass(eq=False)
+class Call:
+    """One open call.
+
+    Attributes:
+        name: The caller's.
+        serial: Of its certificate.
+        context: Of the call.
+        sends: Whether the caller sends a stream.
+        waits_since: When the handler began to wait for the caller's next message, or None while it does not.
+    """
+
+    name: str
+    serial: int
+    context: Any
+    sends: bool
+    waits_since: float | None = None
+
+
+class Calls:
+    """All open calls of a port.
+
+    Args:
+        clock: For calls that stand still.
+        most: Calls that one caller may have open.
+        stall_s: Longest wait for the next message of a stream.
+    """
+
+    def __init__(self, clock: Clock = SYSTEM, most: int = MOST, stall_s: float = STALL_S) -> None:
+        self._clock, self._most, self._stall_s = clock, most, stall_s
+        self._open: dict[str, set[Call]] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def counted(self, call: Call) -> Iterator[bool]:
+        """A call while it is open. A caller's earlier stream to us ends: it has come back on another connection.
+
+        Args:
+            call: Which.
+
+        Yields:
+            Whether its caller may have one more.
+        """
+        with self._lock:
+            others = self._open.setdefault(call.name, set())
+            before = [one for one in others if one.sends and call.sends]
+            allowed = len(others) - len(before) < self._most
+            if allowed:
+                others.add(call)
+        try:
+            if allowed:
+                for one in before:
+                    one.context.cancel()
+            yield allowed
+        finally:
+            with self._lock:
+                others.discard(call)
+                if not others:
+                    self._open.pop(call.name, None)
+
+    def watched(self, call: Call, messages: Iterator[Any]) -> Iterator[Any]:
+        """The messages of a caller's stream, with note of when the next one is waited for.
+
+        Args:
+            call: Whose.
+            messages: As they come.
+
+        Yields:
+            The same.
+        """
+        while True:
+            call.waits_since = self._clock.monotonic()
+            try:
+                message = next(messages, None)
+            finally:
+                call.waits_since = None
+            if message is None:
+                return
+            yield message
+
+    def sweep(self, is_revoked: Callable[[int], bool]) -> None:
+        """End the calls whose next message does not come, and those of callers that are revoked.
+
+        Args:
+            is_revoked: Serial number of a certificate to whether it is revoked.
+        """
+        now = self._clock.monotonic()
+        with self._lock:
+            calls = [call for others in self._open.values() for call in others]
+        for call in calls:
+            since = call.waits_since
+            if (since is not None and now - since > self._stall_s) or (call.sends and is_revoked(call.serial)):
+                call.context.cancel()
