@@ -19,7 +19,7 @@ from lamina.client.train import Task, completed, train
 from lamina.protos import seeds
 from lamina.protos.adapter import Adapter, is_finite
 from lamina.protos.blobs import blob
-from lamina.protos.codec import WireFormat, decode, encode_update
+from lamina.protos.codec import WireFormat, encode_update, loaded, opened
 from lamina.protos.config import TrainConfig
 from lamina.protos.errors import AdapterMismatch, TrainingError
 from lamina.protos.messages import Budget, Instruction, Reply, Update
@@ -142,7 +142,7 @@ def received(base: Base, state: ClientState, instruction: Instruction, shared: S
         AdapterMismatch: If it does not fit, or adds to a version that the client does not hold.
     """
     where = f"client {instruction.client_id}, round {instruction.round}, release"
-    release = decode(instruction.release.read())
+    release = loaded(opened(instruction.release))
     base.spec.check(release, where)
     return release, _frozen(state, instruction, base, shared, where)
 
@@ -160,7 +160,7 @@ def _frozen(state: ClientState, instruction: Instruction, base: Base, shared: Sh
         before = state.frozen
     digest = frozen_part.digest_of(instruction.frozen.sha256, before)
     if digest not in shared:
-        part = decode(instruction.frozen.read())
+        part = loaded(opened(instruction.frozen))
         base.spec.check(part, where)
         shared[digest] = frozen_part.added(before, part, digest)
     return shared[digest]

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors.numpy import save
 
 from lamina.protos.adapter import Adapter, Array, LoraFactors
 from lamina.protos.blobs import Blob
 from lamina.protos.errors import AdapterMismatch, UpdateRejected
-from lamina.protos.layout import LayoutError, Tensor, parse
+from lamina.protos.layout import LayoutError, Tensor, canonical, parse
 from lamina.protos.messages import Update
 
 WireFormat = Literal["fp32", "bf16", "fp16", "int8"]
@@ -106,22 +105,7 @@ def encode(adapter: Adapter, wire: WireFormat, rng: np.random.Generator | None =
         AdapterMismatch: If a number overflows fp16, or `int8` comes without `rng`.
     """
     tensors, metadata = _tensors(adapter, wire, rng)
-    return canonical(save(tensors, metadata))
-
-
-def canonical(file: bytes) -> bytes:
-    """A safetensors file with its header in sorted order: the library writes metadata in a random one.
-
-    Args:
-        file: Any safetensors file.
-
-    Returns:
-        The same tensors and metadata; equal content gives equal bytes.
-    """
-    size = int.from_bytes(file[:8], "little")
-    header = json.dumps(json.loads(file[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return b"".join((len(header).to_bytes(8, "little"), header, memoryview(file)[8 + size :]))
+    return canonical(tensors, metadata)
 
 
 def _tensors(
@@ -145,7 +129,7 @@ def _tensors(
 
 def _packed(name: str, values: Array, wire: WireFormat, rng: np.random.Generator | None) -> dict[str, Array]:
     if wire == "fp32":
-        return {name: values.astype(np.float32)}
+        return {name: values.astype(np.float32, copy=False)}
     if wire == "bf16":
         return {name: to_bf16(values)}
     if wire == "fp16":
@@ -226,7 +210,7 @@ def loaded(adapter: Adapter) -> Adapter:
 class _Lazy(Mapping[str, Any]):
     """Names to what `read` makes of each, made anew at every look."""
 
-    names: tuple[str, ...]
+    names: Mapping[str, None]
     read: Callable[[str], Any]
 
     def __getitem__(self, name: str) -> Any:
@@ -279,8 +263,8 @@ def _adapter(parsed: _Parsed) -> Adapter:
     def factors(module: str) -> LoraFactors:
         return LoraFactors(values(module + _A), values(module + _B), float(scales[module]))
 
-    dense = tuple(name for name in names if not name.endswith((_A, _B)))
-    return Adapter(_Lazy(tuple(sorted(a_side)), factors), _Lazy(dense, values))
+    dense = dict.fromkeys(name for name in names if not name.endswith((_A, _B)))
+    return Adapter(_Lazy(dict.fromkeys(sorted(a_side)), factors), _Lazy(dense, values))
 
 
 def _is_number(value: object) -> bool:
@@ -337,7 +321,7 @@ def encode_update(update: Update, wire: WireFormat, rng: np.random.Generator | N
         "privacy": None if update.privacy is None else dict(update.privacy),
         "signature": update.signature.hex(),
     }
-    return canonical(save(tensors, metadata | {"update": json.dumps(fields)}))
+    return canonical(tensors, metadata | {"update": json.dumps(fields)})
 
 
 def decode_update(payload: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> Update:

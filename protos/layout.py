@@ -54,6 +54,31 @@ class Tensor:
         return flat.reshape(self.shape)
 
 
+_NAMES = {"float32": "F32", "float16": "F16", "uint16": "U16", "int8": "I8"}
+
+
+def canonical(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file whose bytes depend on its content alone; the library writes metadata in an order of the moment.
+
+    Args:
+        tensors: Name -> C-contiguous array, float32, float16, uint16 or int8.
+        metadata: Of the file.
+
+    Returns:
+        The file; each array is copied once.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    ordered, offset = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])), 0
+    for name, array in ordered:
+        ends = [offset, offset + array.nbytes]
+        header[name] = {"dtype": _NAMES[array.dtype.name], "shape": list(array.shape), "data_offsets": ends}
+        offset = ends[1]
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    pieces = (array.reshape(-1).data.cast("B") for _, array in ordered if array.nbytes)
+    return b"".join((len(text).to_bytes(8, "little"), text, *pieces))
+
+
 def parse(source: bytes | Path, num_bytes: int, known: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file, checked by the library before anything is believed.
 

@@ -118,21 +118,20 @@ def release_error(state: ServerState, sent: Release, decoded: Release) -> float:
     """
     worst = 0.0
     for module, whole in state.adapter.lora.items():
-        target, additive = [pair(whole)], sent.frozen_since is not None
-        norm = _norm(target)
-        if norm == 0.0:
-            continue
-        if additive and sent.frozen is not None:
-            target = [pair(sent.frozen.lora[module])]
+        additive = sent.frozen_since is not None
         parts = [decoded.frozen or EMPTY] if additive else [decoded.trainable, decoded.frozen or EMPTY]
         held = [pair(part.lora[module], -1.0) for part in parts if module in part.lora]
-        worst = max(worst, _norm(target + held) / norm)
+        if additive and sent.frozen is not None:
+            norm, distance = _norms([pair(whole)])[0], _norms([pair(sent.frozen.lora[module]), *held])[1]
+        else:
+            norm, distance = _norms([pair(whole), *held])
+        worst = max(worst, distance / norm if norm else 0.0)
     return worst
 
 
-def _norm(pairs: Sequence[tuple[Any, Any]]) -> float:
-    """Norm of a sum of products from the Gram matrices, good to about 1e-8 of the largest term."""
+def _norms(pairs: Sequence[tuple[Any, Any]]) -> tuple[float, float]:
+    """Norms of the first product and of the sum of all, from one Gram matrix; good to about 1e-8 of the largest term."""
     left = np.concatenate([one for one, _ in pairs], axis=1)
     right = np.concatenate([one for _, one in pairs])
-    squared = float(((left.T @ left) * (right @ right.T)).sum())
-    return float(np.sqrt(max(squared, 0.0)))
+    gram, first = (left.T @ left) * (right @ right.T), pairs[0][0].shape[1]
+    return tuple(float(np.sqrt(max(part.sum(), 0.0))) for part in (gram[:first, :first], gram))  # type: ignore[return-value]

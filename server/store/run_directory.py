@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import save
-
 from lamina.protos.adapter import Adapter, Array
-from lamina.protos.codec import canonical
 from lamina.protos.errors import CheckpointError, ConfigError
 from lamina.protos.files import append_durably, write_atomic, write_json
+from lamina.protos.layout import canonical
 from lamina.server.rounds import Completed, Store
 from lamina.server.store import checkpoint
 from lamina.server.store.checkpoint import Checkpoint
@@ -254,7 +252,7 @@ def plain(adapter: Adapter, metadata: Mapping[str, str] | None = None) -> bytes:
     tensors.update(adapter.dense)
     scales = {module: factors.scale for module, factors in adapter.lora.items()}
     contiguous = {name: value.astype("float32").copy(order="C") for name, value in tensors.items()}
-    return canonical(save(contiguous, {"scales": json.dumps(scales), **(metadata or {})}))
+    return canonical(contiguous, {"scales": json.dumps(scales), **(metadata or {})})
 
 
 def write_layers(path: Path, completed_state: Any) -> None:
