@@ -98,7 +98,7 @@ def dialled(target: str, folder: str, insecure: bool, role: str) -> Iterator[Rem
     except Unreachable as error:
         words = f"identity={folder}" if folder else "insecure=true"
         raise Unreachable(
-            f"{target}: expected a running coordinator, got {error} `lamina doctor {words} coordinator={target}` says why. One "
+            f"{target}: expected a running coordinator, got {str(error).rstrip('.')}. `lamina doctor {words} coordinator={target}` says why. One "
             "that has finished is gone after coordinator.linger_s; its run directory is where it ran."
         ) from None
     except grpc.RpcError as error:
@@ -132,6 +132,8 @@ def shown(found: Any) -> str:
         lines.append(
             f"{client['client_id']:<20} {client['rank']:>4}  {silent:>10}  {at if client['registered'] else 'left'}"
         )
+    if found.get("revocations", "in force") != "in force":
+        lines.append(f"revocations: {found['revocations']} The last good list is in force.")
     return "\n".join(lines)
 
 
