@@ -97,9 +97,10 @@ def dialled(target: str, folder: str, insecure: bool, role: str) -> Iterator[Rem
         yield Remote(link)
     except Unreachable as error:
         words = f"identity={folder}" if folder else "insecure=true"
+        got = str(error).rstrip(".")
         raise Unreachable(
-            f"{target}: expected a running coordinator, got {str(error).rstrip('.')}. `lamina doctor {words} coordinator={target}` says why. One "
-            "that has finished is gone after coordinator.linger_s; its run directory is where it ran."
+            f"{target}: expected a running coordinator, got {got}. `lamina doctor {words} coordinator={target}` says why. "
+            "One that has finished is gone after coordinator.linger_s; its run directory is where it ran."
         ) from None
     except grpc.RpcError as error:
         raise LaminaError(f"{target}: {error}") from None
