@@ -85,7 +85,10 @@ class Agent:
         self._listener = Listener(settings, self._link, clock, log)
         self._inbox, self._over = self._listener.inbox, self._listener.over
         self._sign = signer(settings.address.identity)
-        self._done: set[tuple[Any, ...]] = set()
+        # The newest copy of the instruction that is being dealt with, and of the last one that was. A copy that comes later is
+        # asked again: a coordinator that was restarted may not have kept the answer.
+        self._current: Mapping[str, Any] | None = None
+        self._done: Mapping[str, Any] | None = None
         self._rounds: set[tuple[str, int]] = set()
 
     def run(self) -> int:
@@ -150,7 +153,7 @@ class Agent:
         if self._inbox.terms is not None and self._inbox.terms.run_id != terms.run_id:
             return {"kind": "changed"}
         document = self._inbox.document
-        return None if document is None or _key(document) in self._done else document
+        return None if document is self._done else document
 
     def _spec(self, terms: Terms, spool: Spool) -> AdapterSpec:
         name, num_bytes = terms.document["spec"]
@@ -174,7 +177,7 @@ class Agent:
         self, terms: Terms, spool: Spool, document: Mapping[str, Any], last: Finished | None
     ) -> Finished | None:
         """Do what one instruction asks. Whatever goes wrong is reported as a code."""
-        key = _key(document)
+        self._current = document
         try:
             if document.get("kind") == "evaluate":
                 self._measure(terms, spool, document)
@@ -197,7 +200,7 @@ class Agent:
             code = failure_code(error)
             self._log("failed", round=document.get("round"), code=code, where=_where(error))
             self._report(document, code=code)
-        self._done.add(key)
+        self._done = self._current
         self._listener.at = (0, 0)
         return last
 
@@ -235,6 +238,7 @@ class Agent:
             raise Superseded(
                 f"round {document.get('round')} was given up: the coordinator asks for something else now."
             )
+        self._current = newest or document
 
     def _train(self, terms: Terms, spool: Spool, document: Mapping[str, Any], last: Finished | None) -> Finished | None:
         asked = st.instruction_of(document, lambda sha256, num_bytes: Blob(sha256, num_bytes, b""))

@@ -52,8 +52,8 @@ from lamina.strategies.base import ServerState
 DATABASE = "coordinator.sqlite"
 _LOOK_S = 1.0
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
-# How long clients that hang on the line are given to hear that the run is over.
-_FAREWELL_S = 10.0
+# How long clients are given to hear that the run is over: those on the line, and after a restart those who will dial again.
+_FAREWELL_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,8 @@ def _farewell(run: Run, why: str, leave: threading.Event) -> None:
     run.mailbox.offer([])
     until = run.clock.monotonic() + _FAREWELL_S
     while run.clock.monotonic() < until:
-        waiting = [c for c in run.roster.heard(2 * run.config.wire.heartbeat_s) if c not in run.live.told]
-        if not waiting:
+        there = {**run.roster.heard(2 * run.config.wire.heartbeat_s), **run.roster.missed(_FAREWELL_S)}
+        if run.live.told.issuperset(there):
             break
         run.clock.sleep(0.05)
     leave.wait(run.clock.real(run.config.coordinator.linger_s))
@@ -421,4 +421,6 @@ def _resumed(store: DeploymentStore, campaign: Campaign, log: Log) -> Completed 
         raise ConfigError(
             f"rounds={campaign.rounds}: expected at least {resumed.completed.state.round}, the rounds done."
         )
+    if store.settled() < resumed.completed.state.round:
+        store.settle(resumed.completed)
     return resumed.completed

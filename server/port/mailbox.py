@@ -46,8 +46,10 @@ class Mailbox:
         self._changed = threading.Condition()
         self._offers: dict[str, Offer] = {}
         self._waiting: set[str] = set()
+        self._answered: set[str] = set()
         self._replies: deque[Reply] = deque()
         self._number = 0
+        self._begun = False
         self._ending = ""
 
     # The round loop's side.
@@ -67,8 +69,12 @@ class Mailbox:
                     self._number += 1
                     known = Offer(self._number, instruction)
                 self._offers[instruction.client_id] = known
-            self._waiting = {instruction.client_id for instruction in instructions}
-            self._replies.clear()
+            asked = {instruction.client_id for instruction in instructions}
+            # An update of one who was asked before, and came after the store was last looked at.
+            self._replies = deque(one for one in self._replies if one.update is not None and one.client_id in asked)
+            self._answered = {one.client_id for one in self._replies}
+            self._waiting = asked - self._answered
+            self._begun = True
             self._changed.notify_all()
 
     def replies(self, until_s: float | None) -> Iterable[Reply]:
@@ -127,6 +133,12 @@ class Mailbox:
         with self._changed:
             return self._offers.get(client_id)
 
+    @property
+    def begun(self) -> bool:
+        """Whether anyone was asked anything since this process began."""
+        with self._changed:
+            return self._begun
+
     def waits_for(self, client_id: str) -> bool:
         """Whether a client's answer to what it is asked now has not come yet."""
         with self._changed:
@@ -135,11 +147,15 @@ class Mailbox:
     def await_offer(self, client_id: str, after: int, seconds: float) -> Offer | None:
         """An offer newer than number `after`, or None when so long has passed."""
         with self._changed:
-            offer = self._offers.get(client_id)
-            if offer is None or offer.number <= after:
+            if (offer := self._newer(client_id, after)) is None:
                 self._changed.wait(self._clock.real(seconds))
-                offer = self._offers.get(client_id)
-            return offer if offer is not None and offer.number > after else None
+                offer = self._newer(client_id, after)
+            return offer
+
+    def _newer(self, client_id: str, after: int) -> Offer | None:
+        """One that was answered is not put out again to a client that dials anew."""
+        offer = self._offers.get(client_id)
+        return None if offer is None or offer.number <= after or client_id in self._answered else offer
 
     def deliver(self, reply: Reply, answered: bool = True) -> None:
         """Hand a reply to the round loop.
@@ -152,6 +168,7 @@ class Mailbox:
             self._replies.append(reply)
             if answered:
                 self._waiting.discard(reply.client_id)
+                self._answered.add(reply.client_id)
             self._changed.notify_all()
 
     def end(self, why: str) -> None:

@@ -51,6 +51,7 @@ class Roster:
         self._joins = dict(zip(client_names(config), joins, strict=True))
         self._seen: dict[str, Seen] = {}
         self._lock = threading.Lock()
+        self._began = clock.monotonic()
         self._budgets: dict[int, Budget] = {}
 
     def register(self, caller: Caller, rank: int | None, held: int, equal_ranks: bool) -> Budget:
@@ -147,6 +148,12 @@ class Roster:
         """Those of the registered who were heard of lately."""
         return {client: one for client, one in self.registered().items() if self.silent_s(client) <= within_s}
 
+    def missed(self, within_s: float) -> dict[str, Budget]:
+        """Those who registered with an earlier process of the run and have not come back, for so long after a restart."""
+        if self._clock.monotonic() - self._began > within_s:
+            return {}
+        return {client: one for client, one in self.registered().items() if self.silent_s(client) == float("inf")}
+
     def present(self, round_number: int, mailbox: Mailbox, held_back: Callable[[], bool]) -> Mapping[str, Budget]:
         """Whom a round may ask; waits until enough are there.
 
@@ -165,12 +172,13 @@ class Roster:
         wanted = (clients.start or clients.count) if round_number == 1 else clients.quorum
         started = self._clock.monotonic()
         while True:
+            patience = clients.patience_s
             if held_back():
                 started = self._clock.monotonic()
             else:
                 ready = {
                     client: one
-                    for client, one in self.heard(clients.patience_s).items()
+                    for client, one in {**self.missed(patience), **self.heard(patience)}.items()
                     if self._joins.get(client, 1) <= round_number
                 }
                 waited = self._clock.monotonic() - started

@@ -23,7 +23,7 @@ from lamina.protos.chain import Head
 from lamina.protos.clock import Clock
 from lamina.protos.config import Config
 from lamina.protos.coordinator_pb2_grpc import CoordinatorServicer
-from lamina.protos.errors import ConfigError
+from lamina.protos.errors import ConfigError, UpdateRejected
 from lamina.protos.files import file_digest
 from lamina.protos.identity import verify
 from lamina.protos.messages import Instruction, Rejection, Reply
@@ -38,6 +38,7 @@ from lamina.strategies.base import ServerState
 
 _ACK_BYTES = 8 * 1024**2
 _OUT_OF_TURN = grpc.StatusCode.FAILED_PRECONDITION
+_EARLY = "the coordinator is starting. Nothing is lost; try again."
 _FAILURES = (
     "out-of-memory", "training", "release", "policy", "data", "disk", "held-version", "base", "internal",
 )  # fmt: skip
@@ -99,6 +100,10 @@ class _Refused(Exception):
     def __init__(self, reason: str, message: str, code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT) -> None:
         super().__init__(message)
         self.reason, self.code = reason, code
+
+
+class _NotYet(Exception):
+    """A coordinator that was restarted has not asked anyone yet: what a client says is not wrong, only early."""
 
 
 class Sites(CoordinatorServicer):
@@ -181,6 +186,8 @@ class Sites(CoordinatorServicer):
         parts = [offer.instruction.release, offer.instruction.frozen] if offer else []
         names = {run.spec.sha256, *(part.sha256 for part in parts if part is not None)}
         blob = run.store.blobs.find(request.sha256) if request.sha256 in names else None
+        if blob is None and not run.mailbox.begun:
+            refuse(context, grpc.StatusCode.UNAVAILABLE, _EARLY)
         if blob is None:
             refuse(context, grpc.StatusCode.NOT_FOUND, f"{request.sha256[:12]}: nothing of this name is for you now.")
         if request.offset > blob.num_bytes:
@@ -203,6 +210,11 @@ class Sites(CoordinatorServicer):
         except _Refused as error:
             self.count(caller, error.reason, str(error))
             refuse(context, error.code, f"{error.reason}: {error}")
+        except UpdateRejected as error:
+            self.count(caller, error.reason, str(error))
+            refuse(context, _OUT_OF_TURN, f"{error.reason}: {error}")
+        except _NotYet:
+            refuse(context, grpc.StatusCode.UNAVAILABLE, _EARLY)
         except OSError as error:
             refuse(
                 context,
@@ -263,6 +275,8 @@ class Sites(CoordinatorServicer):
             raise _Refused("wrong-run", f"expected run {run.campaign.run_id}. Register again.")
         offer = run.mailbox.current(caller.name)
         instruction = None if offer is None or offer.instruction.kind != "train" else offer.instruction
+        if instruction is None and not run.mailbox.begun:
+            raise _NotYet
         if instruction is None or document["round"] != instruction.round:
             now = "none is open" if instruction is None else f"round {instruction.round} is open"
             raise _Refused("wrong-round", f"got an update for round {document['round']}, {now}.", _OUT_OF_TURN)

@@ -177,8 +177,14 @@ class DeploymentStore(RunDirectory):
         return {client: one for client, one in before.sent.items() if client not in answered}
 
     def receive(self, round_number: int, received: Received) -> None:
-        """An update is whole on disk: remember it before the client is told so."""
+        """An update is whole on disk: remember it before the client is told so.
+
+        Raises:
+            UpdateRejected: If its round has closed and its client is not waited for longer.
+        """
         claim, blob, client = received.instruction, received.blob, received.instruction.client_id
+        if round_number - claim.round > self.carry_rounds:
+            raise UpdateRejected("late", f"client {client}, round {claim.round}: expected an update before the round closed.")
         values = (round_number, client, blob.sha256, blob.num_bytes, received.claim, received.signature, "received")
         with self.db.change() as connection:
             connection.execute("INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", values)
@@ -287,12 +293,26 @@ class DeploymentStore(RunDirectory):
 
     def close(self, round_number: int) -> None:
         """No further update counts: a restarted loop aggregates just those that this one does."""
-        late = "SELECT client_id FROM updates WHERE round = ? AND status = 'received'"
-        for (client,) in self.db.rows(late, round_number):
-            self.reject(round_number, Rejection(client, "late", "it came as the round closed.", final=False))
-        with self.db.change() as connection:
-            connection.execute("UPDATE rounds SET closed = 1 WHERE round = ?", (round_number,))
+        with self.lock:
+            received = "SELECT client_id FROM updates WHERE round = ? AND status = 'received'"
+            late = [client for (client,) in self.db.rows(received, round_number)]
+            carried = [client for client in late if self._counts_next(round_number, client)]
+            for client in sorted({*late} - {*carried}):
+                self.reject(round_number, Rejection(client, "late", "it came as the round closed.", final=False))
+            with self.db.change() as connection:
+                for client in carried:
+                    connection.execute(
+                        "UPDATE updates SET round = ? WHERE round = ? AND client_id = ?",
+                        (round_number + 1, round_number, client),
+                    )
+                connection.execute("UPDATE rounds SET closed = 1 WHERE round = ?", (round_number,))
         self.mirror()
+
+    def _counts_next(self, round_number: int, client_id: str) -> bool:
+        """Whether what a client was asked may still be answered in the round after this one."""
+        ((document,),) = self.db.rows("SELECT opened FROM rounds WHERE round = ?", round_number)
+        asked = json.loads(document)["sent"][client_id]["instruction"]["round"]
+        return bool(round_number + 1 - asked <= self.carry_rounds)
 
     def held(self, held: Mapping[str, int]) -> dict[str, int]:
         """What clients hold, but nothing for one that has lost it: it said less when it registered."""
@@ -302,20 +322,26 @@ class DeploymentStore(RunDirectory):
     def save(self, completed: Completed) -> None:
         """Checkpoint, then the log, then what no restart can need any more is deleted."""
         super().save(completed)
-        number = completed.state.round
+        self.settle(completed)
+
+    def settled(self) -> int:
+        """The last round for which `settle` was done."""
+        return int(self.db.fact("settled") or 0)
+
+    def settle(self, completed: Completed) -> None:
+        """What follows from a checkpoint; a restart does it where a kill came in between."""
+        number, clients = completed.state.round, completed.record["clients"]
         with self.db.change() as connection:
             self.log(
                 connection,
                 "aggregate",
                 round=number,
-                clients=[update.client_id for update in completed.updates],
+                clients=clients,
                 relative_error=_finite(completed.state.relative_error),
             )
-            for update in completed.updates:
-                connection.execute(
-                    "UPDATE clients SET held = ? WHERE client_id = ?",
-                    (completed.held[update.client_id], update.client_id),
-                )
+            for client in clients:
+                connection.execute("UPDATE clients SET held = ? WHERE client_id = ?", (completed.held[client], client))
+            set_fact(connection, "settled", str(number))
             # The checkpoint before this one can be gone on from, with this round's updates.
             oldest = number - max(1, self.keep_checkpoints - 1)
             for table in ("rounds", "updates", "rejections"):
