@@ -270,6 +270,20 @@ def test_the_guides_keys_are_known() -> None:
     assert named <= set(known_keys())
 
 
+def test_the_reasons_of_rejections_are_those_of_the_code() -> None:
+    _, _, section = (ROOT / "docs" / "run-directory.md").read_text().partition("## Reasons of rejections")
+    listed = {
+        one
+        for line in section.splitlines()
+        if line.startswith("| `")
+        for one in re.findall(r"`(.*?)`", line.split(" | ")[0])
+    }
+    code = source_text()
+    assert not [one for one in listed if f'"{one}"' not in code]
+    named = re.findall(r'(?:_Refused|BadStatement|UpdateRejected)\(\s*"([a-z-]+)"', code)
+    assert set(named) <= listed
+
+
 def test_links_lead_somewhere() -> None:
     for page in (GUIDE, DEPLOY / "README.md", ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
