@@ -6,6 +6,7 @@ reported as a code from a fixed list and the agent lives on; no text of an error
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -110,9 +111,19 @@ class Agent:
                 terms = self._inbox.wait(lambda: self._inbox.terms, 3600.0)
                 if terms is not None and self._take_part(terms) and not self._settings.stay:
                     return 0
+        except (Superseded, Unreachable, Refused):
+            raise
+        except LaminaError:
+            self._leave()
+            raise
         finally:
             self._over.set()
             self._link.close()
+
+    def _leave(self) -> None:
+        """Tell the coordinator that this site cannot take part, so that no round waits for it."""
+        with contextlib.suppress(LaminaError, ValueError):  # then it is missed in time
+            self._link.call("Report", st.signed(st.REPORT, {"kind": "leave"}, self._sign), 5.0)
 
     def stop(self) -> None:
         """Make `run` return soon, as on SIGTERM; what was finished is kept."""

@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; completed rounds are kept, continue with resume=RUN_DIR", file=sys.stderr)
+        then = "; completed rounds are kept, continue with resume=RUN_DIR" if command == "simulate" else ""
+        print(f"\ninterrupted{then}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lamina.protos.errors import ConfigError
+from lamina.protos.errors import ConfigError, DataError
 from lamina.server import operate
+from lamina.server.store import run_directory
 from tests import deployment
 from tests.e2e.commands import lamina
 
@@ -45,6 +46,34 @@ def test_a_second_coordinator_is_kept_out(tmp_path: Path, given: list[str]) -> N
         with deployment.coordinator(tmp_path / "run", given) as second, pytest.raises(ConfigError, match="another"):
             second.join()
         assert (tmp_path / "run" / "events.jsonl").read_bytes() == before
+
+
+class Unfit(deployment.Synthetic):
+    """A site whose data cannot be read."""
+
+    def begin(self, *given: object) -> None:
+        raise DataError("data.source=notes.jsonl: expected a file, found none.")
+
+
+def test_a_site_that_cannot_take_part_is_not_waited_for(tmp_path: Path, given: list[str]) -> None:
+    words = [*given, "clients.start=3", "clients.quorum=2"]
+    with deployment.coordinator(tmp_path / "run", words) as running:
+        thread, outcome = deployment.in_thread(
+            deployment.agent("west", running.port, tmp_path / "west", worker=Unfit("west"))
+        )
+        thread.join(30)
+        assert isinstance(outcome[0], DataError)
+        with operate.dialled(f"127.0.0.1:{running.port}", "", True, "operator") as coordinator:
+            assert [one["registered"] for one in coordinator.status()["clients"]] == [False]
+            assert "left" in operate.shown(coordinator.status())
+            # The first round waits for three that are there, and not for an answer of one that has left.
+            for name in ("north", "south"):
+                deployment.in_thread(deployment.agent(name, running.port, tmp_path / name))
+            deployment.in_thread(deployment.agent("west", running.port, tmp_path / "west"))
+            for _ in coordinator.watch():
+                pass
+        records = run_directory.read_records(running.path)
+    assert [record["clients"] for record in records] == [list(deployment.NAMES)] * ROUNDS
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
