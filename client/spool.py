@@ -81,11 +81,7 @@ class Spool:
         return replace(finished, update=replace(finished.update, content=folder / _UPDATE))
 
     def load(self) -> Finished | None:
-        """The last finished update, every file checked, or None.
-
-        Raises:
-            CheckpointError: If a disk has changed it.
-        """
+        """The last finished update, every file checked, or None; `CheckpointError` if a disk has changed it."""
         folders = sorted(self.root.glob("finished-*"))
         return self._loaded(folders[-1]) if folders else None
 

@@ -28,11 +28,12 @@ class Growing:
     """
 
     def __init__(self, path: Path) -> None:
+        path.touch()
         self._digest = file_digest(path)
         self._file = path.open("ab", buffering=0)
         self.size = self._file.tell()
         self._unsynced = 0
-        self._pieces: queue.Queue[bytes | None] = queue.Queue(_PIECES)
+        self._pieces: queue.Queue[bytes | memoryview | None] = queue.Queue(_PIECES)
         self._syncs: queue.Queue[bool] = queue.Queue(1)
         self._error: OSError | None = None
         self._threads = [
@@ -51,12 +52,8 @@ class Growing:
         self._stop()
         self._file.close()
 
-    def write(self, piece: bytes) -> None:
-        """Append a piece.
-
-        Raises:
-            OSError: If the disk does not take it.
-        """
+    def write(self, piece: bytes | memoryview) -> None:
+        """Append a piece; OSError if the disk does not take it."""
         view = memoryview(piece)
         while view:
             view = view[self._file.write(view) :]

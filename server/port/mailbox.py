@@ -78,14 +78,7 @@ class Mailbox:
             self._changed.notify_all()
 
     def replies(self, until_s: float | None) -> Iterable[Reply]:
-        """Replies as they arrive, until everyone has answered or the time is over.
-
-        Yields:
-            Replies.
-
-        Raises:
-            Stopped: If `end` was called.
-        """
+        """Replies as they arrive, until everyone has answered or the time is over; `Stopped` if `end` was called."""
         return self.replies_while(until_s, lambda waiting: True)
 
     def replies_while(self, until_s: float | None, worth: Callable[[frozenset[str]], bool]) -> Iterable[Reply]:
@@ -115,11 +108,7 @@ class Mailbox:
             yield reply
 
     def wait(self, seconds: float) -> None:
-        """Wait for a change, at most so long.
-
-        Raises:
-            Stopped: If `end` was called.
-        """
+        """Wait for a change, at most so long; `Stopped` if `end` was called."""
         with self._changed:
             if not self._ending:
                 self._changed.wait(self._clock.real(seconds))

@@ -24,7 +24,7 @@ from lamina.protos.clock import Clock
 from lamina.protos.config import Config
 from lamina.protos.coordinator_pb2_grpc import CoordinatorServicer
 from lamina.protos.errors import ConfigError, UpdateRejected
-from lamina.protos.files import file_digest
+from lamina.protos.growing import Growing
 from lamina.protos.identity import verify
 from lamina.protos.messages import Instruction, Rejection, Reply
 from lamina.server.admission import size_cap_bytes
@@ -37,6 +37,8 @@ from lamina.server.store.deployment import DeploymentStore, Received
 from lamina.strategies.base import ServerState
 
 _ACK_BYTES = 8 * 1024**2
+# All that waits to be sent down, and the least that is worth a message.
+_DOWNLOAD_BYTES, _LEAST_PART_BYTES = 16 * 1024**2, 64 * 1024
 _OUT_OF_TURN = grpc.StatusCode.FAILED_PRECONDITION
 _EARLY = "the coordinator is starting. Nothing is lost; try again."
 _FAILURES = (
@@ -52,12 +54,14 @@ class Live:
         ended: Why the run is over, once it is: finished, stopped or drained.
         told: Clients that have been told.
         uploads: Uploads that are being written.
+        downloads: Downloads that are under way.
         latest: The state after the last round.
     """
 
     ended: str = ""
     told: set[str] = field(default_factory=set)
     uploads: int = 0
+    downloads: int = 0
     latest: ServerState | None = None
 
 
@@ -94,6 +98,13 @@ class Run:
     live: Live = field(default_factory=Live)
 
 
+class _Turn:
+    """One client's right to write to its partial upload: the newest of its connections has it."""
+
+    def __init__(self) -> None:
+        self.lock, self.number = threading.Lock(), 0
+
+
 class _Refused(Exception):
     """An upload that is not to be taken in: counted, and the call ends."""
 
@@ -116,8 +127,8 @@ class Sites(CoordinatorServicer):
     def __init__(self, run: Run) -> None:
         self.run = run
         self._slots = threading.BoundedSemaphore(run.config.coordinator.uploads)
-        self._turns: dict[str, int] = {}
-        self._turn = threading.Lock()
+        self._turns: dict[str, _Turn] = {}
+        self._turns_lock = threading.Lock()
 
     # Registration and signs of life.
 
@@ -192,12 +203,20 @@ class Sites(CoordinatorServicer):
             refuse(context, grpc.StatusCode.NOT_FOUND, f"{request.sha256[:12]}: nothing of this name is for you now.")
         if request.offset > blob.num_bytes:
             refuse(context, grpc.StatusCode.OUT_OF_RANGE, f"expected an offset of at most {blob.num_bytes}.")
-        size = run.config.wire.chunk_bytes
-        with open(str(blob.content), "rb", buffering=0) as file:
-            file.seek(request.offset)
-            while data := file.read(size):
-                run.access.check_open(caller, context)
-                yield pb.Part(data=data)
+        run.live.downloads += 1
+        try:
+            with open(str(blob.content), "rb", buffering=0) as file:
+                file.seek(request.offset)
+                while data := file.read(self._part_bytes()):
+                    run.access.check_open(caller, context)
+                    yield pb.Part(data=data)
+        finally:
+            run.live.downloads -= 1
+
+    def _part_bytes(self) -> int:
+        """Bytes in one message down: less where many clients download, so that what waits to be sent stays within bounds."""
+        share = _DOWNLOAD_BYTES // max(1, self.run.live.downloads)
+        return max(_LEAST_PART_BYTES, min(self.run.config.wire.chunk_bytes, share))
 
     def Upload(self, parts: Iterator[pb.UploadPart], context: Any) -> Iterator[pb.UploadAck]:
         """An update, from the byte on that is not here yet."""
@@ -304,37 +323,38 @@ class Sites(CoordinatorServicer):
         """Write what comes to disk; returns the file, or None where the stream broke off."""
         run, sha256, size = self.run, document["sha256"], document["num_bytes"]
         path = run.store.blobs.partial(instruction.round, caller.name, sha256)
-        with self._turn:
-            turn = self._turns[caller.name] = self._turns.get(caller.name, 0) + 1
+        with self._turns_lock:
+            turn = self._turns.setdefault(caller.name, _Turn())
+        with turn.lock:
+            turn.number += 1
+            mine = turn.number
             path.touch()
             if path.stat().st_size > size:
                 os.truncate(path, 0)
-            digest, offset = file_digest(path), path.stat().st_size
-        acknowledged = offset
-        yield pb.UploadAck(offset=offset)
-        with path.open("ab", buffering=0) as file:
-            for part in parts:
+            growing = Growing(path)
+        acknowledged = growing.size
+        with growing:
+            yield pb.UploadAck(offset=growing.size)
+            for part in parts if growing.size < size else ():
                 run.access.check_open(caller, context)
                 data = part.data
-                if offset + len(data) > size:
+                if growing.size + len(data) > size:
                     path.unlink(missing_ok=True)
                     raise _Refused("malformed", f"expected {size} bytes as claimed, got more.")
-                with self._turn:
-                    if self._turns[caller.name] != turn:
+                with turn.lock:
+                    if turn.number != mine:
                         return None  # the client has come back on another connection
-                    file.write(data)
-                digest.update(data)
-                offset += len(data)
+                    growing.write(data)
                 run.roster.saw(caller.name)
-                if offset - acknowledged >= _ACK_BYTES:
-                    acknowledged = offset
-                    yield pb.UploadAck(offset=offset)
-                if offset == size:
+                if growing.size - acknowledged >= _ACK_BYTES:
+                    acknowledged = growing.size
+                    yield pb.UploadAck(offset=acknowledged)
+                if growing.size == size:
                     break
-            if offset < size:
+            if growing.size < size:
                 return None
-            os.fsync(file.fileno())
-        if digest.hexdigest() != sha256:
+            found = growing.finish()
+        if found != sha256:
             path.unlink(missing_ok=True)
             raise _Refused(
                 "malformed", "expected content of the claimed SHA-256. Send it again.", grpc.StatusCode.DATA_LOSS

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
 from lamina.protos.blobs import Blob
 from lamina.protos.files import file_digest, fsync_folder, sha256
+from lamina.protos.growing import Growing
+
+_LARGE_BYTES, _PIECE_BYTES = 4 * 1024**2, 1024**2
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class BlobStore:
 
     def put(self, content: bytes) -> Blob:
         """Keep some bytes; what is there already is not written again."""
+        if len(content) >= _LARGE_BYTES:
+            return self._put_large(content)
         name = sha256(content)
         path = self._path(name)
         if not (path.is_file() and path.stat().st_size == len(content)):
@@ -34,6 +40,17 @@ class BlobStore:
                 os.fsync(file.fileno())
             return self.adopt(partial, name)
         return Blob(name, len(content), path)
+
+    def _put_large(self, content: bytes) -> Blob:
+        """Written, hashed and brought to disk side by side."""
+        partial = self.root / "partial" / f"put-{secrets.token_hex(8)}"
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        view = memoryview(content)
+        with Growing(partial) as growing:
+            for start in range(0, len(content), _PIECE_BYTES):
+                growing.write(view[start : start + _PIECE_BYTES])
+            name = growing.finish()
+        return self.adopt(partial, name)
 
     def adopt(self, partial: Path, name: str) -> Blob:
         """Give a file that is whole and on disk its place under its name.

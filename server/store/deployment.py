@@ -117,7 +117,6 @@ class DeploymentStore(RunDirectory):
                 client: {
                     "instruction": instruction_document(one.instruction),
                     "budget": names[repr(one.budget)],
-                    "error": one.error,
                 }
                 for client, one in opened.sent.items()
             },
@@ -155,7 +154,7 @@ class DeploymentStore(RunDirectory):
                 frozen_since=instruction.frozen_since,
                 keep_frozen=instruction.keep_frozen,
             )
-            sent[client] = Sent(instruction, budgets[one["budget"]], decoded, one["error"])
+            sent[client] = Sent(instruction, budgets[one["budget"]], decoded)
         return Opened(round_number, sent, document["wanted"])
 
     def _whole(self, sha256: str, num_bytes: int) -> Blob:
@@ -178,6 +177,10 @@ class DeploymentStore(RunDirectory):
 
     def receive(self, round_number: int, received: Received) -> None:
         """An update is whole on disk: remember it before the client is told so.
+
+        Args:
+            round_number: In which it counts.
+            received: The update.
 
         Raises:
             UpdateRejected: If its round has closed and its client is not waited for longer.
