@@ -279,7 +279,8 @@ def measure(folder: Path, repeats: int, num_rounds: int) -> dict[str, Any]:
         "empty_round_s": statistics.median(empty),
         "seconds": {
             "ours up": times["up_s"], "bare up": bare["up"], "ours down": times["down_s"], "bare down": bare["down"],
-            "our exchange": exchanges, "our whole round": whole, "Flower's exchange": flower, "Flower's, in 16 arrays": packed, "our empty round": empty,
+            "our exchange": exchanges, "our whole round": whole, "Flower's exchange": flower,
+            "Flower's, in 16 arrays": packed, "our empty round": empty,
         },
     }  # fmt: skip
 

@@ -52,6 +52,7 @@ def test_two_hundred_clients_in_one_round(tmp_path: Path) -> None:
         assert process.wait(60) == 0
     finally:
         process.kill()
+        process.wait(10)
     records = run_directory.read_records(tmp_path / "run")
     assert [len(record["clients"]) for record in records] == [COUNT, COUNT]
     assert all(record["rejections"] == [] for record in records)
