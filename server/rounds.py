@@ -68,6 +68,7 @@ class Collected:
         rejections: What was refused, and what clients reported as failed.
         num_bytes: Of all that arrived.
         closed: Whether no further update counts.
+        judged: Client id -> SHA-256 of its update that the store had before the round was offered.
         errors: Client id -> how far its release is from the global adapter.
         seconds: From the round's opening to its last update.
     """
@@ -76,6 +77,7 @@ class Collected:
     rejections: list[Rejection] = field(default_factory=list)
     num_bytes: int = 0
     closed: bool = False
+    judged: dict[str, str] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -353,6 +355,8 @@ def _offer(loop: Loop, round_open: Opened, collected: Collected) -> None:
         return
     for reply in loop.store.unjudged(round_open.round):
         _judge(loop, round_open, reply, collected)
+        if reply.update is not None:
+            collected.judged[reply.client_id] = reply.update.sha256
     answered = {*collected.updates, *(rejection.client_id for rejection in collected.rejections)}
     outstanding = [one.instruction for client, one in round_open.sent.items() if client not in answered]
     loop.channel.offer(outstanding)
@@ -363,7 +367,8 @@ def _collect(loop: Loop, round_open: Opened, collected: Collected) -> None:
     if collected.closed or _has_enough(round_open, collected):
         return
     for reply in loop.channel.replies(loop.campaign.deadline_s):
-        _judge(loop, round_open, reply, collected)
+        if reply.update is None or collected.judged.get(reply.client_id) != reply.update.sha256:
+            _judge(loop, round_open, reply, collected)
         if _has_enough(round_open, collected):
             return
 

@@ -70,8 +70,9 @@ class Mailbox:
                     known = Offer(self._number, instruction)
                 self._offers[instruction.client_id] = known
             asked = {instruction.client_id for instruction in instructions}
-            # An update of one who was asked before, and came after the store was last looked at.
-            self._replies = deque(one for one in self._replies if one.update is not None and one.client_id in asked)
+            # The answer of one who is asked the same as before may have come after the store was last looked at.
+            same = {client for client in asked if before.get(client) == self._offers[client]}
+            self._replies = deque(one for one in self._replies if one.update is not None and one.client_id in same)
             self._answered = {one.client_id for one in self._replies}
             self._waiting = asked - self._answered
             self._begun = True
