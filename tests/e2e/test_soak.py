@@ -79,6 +79,9 @@ def soak(tmp_path: Path, rounds: int) -> None:
         assert last - first < 1.5e6, f"{name}: {first / 1e6:.1f} to {last / 1e6:.1f} MB over {len(values)} samples"
     first, last = _thirds(stored)
     assert last < first + 250_000, f"store: {first} to {last} bytes"
+    # Of the two rounds that a restart may need: an update and a release of two parts for each client; and the spec.
+    blobs = [path for path in (tmp_path / "run" / "blobs").rglob("*") if path.is_file()]
+    assert len(blobs) <= 2 * 3 * len(NAMES) + 1
     lines = (tmp_path / "run" / "events.jsonl").stat().st_size + (tmp_path / "run" / "rounds.jsonl").stat().st_size
     assert lines / rounds < 16_000, "bytes of records and events a round"
 
