@@ -56,3 +56,8 @@ def refused(ca: Authority, request: bytes, says: str, **options: Any) -> None:
 
 def changed(request: bytes, **fields: Any) -> bytes:
     return json.dumps(json.loads(request) | fields).encode()
+
+
+def revoked(folder: Path, name: str) -> None:
+    """Revoke all of a name's certificates in the CA of a folder, now; its crl.pem is replaced."""
+    pki.revoke(pki.opened(folder, None), datetime.now(UTC), name=name)
