@@ -7,7 +7,7 @@ DEMO := outputs/demo
 # Tests on outside data are skipped by name where this is not set.
 export LAMINA_TEST_DATA
 
-.PHONY: demo test test-long lint types bench setup clean
+.PHONY: demo test test-long lint types protos bench setup clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -30,6 +30,11 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# The code of the protocols, from their .proto files; a test sees when it is stale.
+protos: $(STAMP)
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
+	  $(patsubst protos/%,lamina/protos/%,$(wildcard protos/*.proto))
+
 test: $(STAMP) lint types
 	$(BIN)/python -m pytest
 
@@ -40,6 +45,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/encoder.py
+	$(BIN)/python benchmarks/transport.py
 
 clean:
 	rm -rf $(VENV) outputs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
