@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from tests import deployment
 from tests.deployment import NAMES, Synthetic
 from tests.e2e.faults.killable import Point
-from tests.e2e.faults.scene import BIG_MODULES, BIG_WORDS, Scene, at_once, until
+from tests.e2e.faults.scene import BIG_MODULES, BIG_WORDS, Gated, Scene, at_once, fault_free, until
 
 STORE = "lamina.server.store.deployment:DeploymentStore"
 STRATEGIES = ("recompress", "residual", "stack")
@@ -75,6 +76,24 @@ def test_killed_once(tmp_path: Path, strategy: str) -> None:
             for number, name in enumerate(KILLED[strategy])
         }
     )
+
+
+def test_a_round_that_was_closed_stays_closed(tmp_path: Path) -> None:
+    """An update that comes after the deadline and the kill does not count in the round that was closed without it."""
+    given = ["clients.deadline_s=6", "clients.quorum=2"]
+    gate = threading.Event()
+    with Scene(tmp_path, given) as it:
+        first = it.coordinator(POINTS["the round is closed"])
+        it.site("north", Gated("north", gates={2: gate}))
+        it.site("south")
+        it.site("west")
+        it.ended(first, -signal.SIGKILL)
+        gate.set()
+        it.ended(it.coordinator(None, "clients.deadline_s=120"), 0)
+        it.sites_ended()
+        everyone = sorted(NAMES)
+        assert [record["clients"] for record in it.records()] == [everyone, ["south", "west"], everyone]
+        it.same(fault_free(given, without=[("north", 2)]))
 
 
 @pytest.mark.parametrize("strategy", ["residual", "stack"])

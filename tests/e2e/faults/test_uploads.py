@@ -50,7 +50,7 @@ def test_a_slow_link(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_hundreds_of_megabytes_at_5_MB_a_second(tmp_path: Path) -> None:
-    slow(tmp_path, {"block.q_proj": (1024, 2 * 1024**2)}, "clients.ranks=[64,2,2]", 5e6)
+    slow(tmp_path, {"block.q_proj": (1024, 1024**2)}, "clients.ranks=[64,2,2]", 5e6)
 
 
 def stalled(folder: Path, clock: Clock) -> None:
