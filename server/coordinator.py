@@ -30,6 +30,7 @@ from lamina.protos.files import sha256, write_atomic
 from lamina.protos.identity import Identity
 from lamina.protos.link import check_exposed
 from lamina.protos.logs import Log
+from lamina.protos.messages import Reply
 from lamina.server import campaign as campaigns
 from lamina.server.campaign import Campaign
 from lamina.server.finish import Run as Finished
@@ -227,10 +228,13 @@ def _farewell(run: Run, why: str, leave: threading.Event) -> None:
 
 
 def _look_after(run: Run, log: Log, over: threading.Event) -> None:
-    """Read the list of revoked certificates again when it changes."""
+    """Read the list of revoked certificates again when it changes; no round waits for a site that is on it."""
     fault = ""
     while not over.wait(run.clock.real(_LOOK_S)):
         run.access.reload()
+        for name in run.roster.strike(run.access):
+            run.mailbox.deliver(Reply(name, None, "revoked"))
+            log("revoked", client=name)
         if run.access.fault != fault:
             fault = run.access.fault
             log("revocations", message=fault or "in force")

@@ -93,6 +93,10 @@ class Access:
                 self.fault = str(error)
         self.calls.sweep(lambda serial: serial in self._revoked)
 
+    def is_revoked_serial(self, serial: int) -> bool:
+        """Whether a certificate of this serial number is on the list."""
+        return serial in self._revoked
+
     def is_revoked(self, caller: Caller) -> bool:
         """Whether a caller's certificate is on the list."""
         return caller.serial in self._revoked

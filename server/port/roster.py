@@ -13,7 +13,7 @@ from lamina.protos.identity import peer_of
 from lamina.protos.messages import Budget
 from lamina.protos.spec import AdapterSpec
 from lamina.server.campaign import budget
-from lamina.server.port.access import Caller
+from lamina.server.port.access import Access, Caller
 from lamina.server.port.mailbox import Mailbox
 from lamina.server.store.deployment import DeploymentStore
 
@@ -104,6 +104,14 @@ class Roster:
         """The key of the certificate that a client registered with, None without one."""
         found = self._store.db.rows("SELECT certificate FROM clients WHERE client_id = ?", client_id)
         return peer_of(found[0][0].encode()).signing_key if found and found[0][0] else None
+
+    def strike(self, access: Access) -> list[str]:
+        """Take those whose certificate has been revoked out of the run; their names."""
+        found = self._store.db.rows("SELECT client_id, certificate FROM clients WHERE present AND certificate != ''")
+        struck = [name for name, certificate in found if access.is_revoked_serial(peer_of(certificate.encode()).serial)]
+        for name in struck:
+            self.leave(name)
+        return struck
 
     def leave(self, client_id: str) -> None:
         """The client takes no part in later rounds, until it registers again."""
