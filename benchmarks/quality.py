@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lamina.server.rounds import Store
+from lamina.server.store.base import Store
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))

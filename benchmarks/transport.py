@@ -92,7 +92,7 @@ def serve_stream(folder: Path, repeats: int) -> None:
     from lamina.server.coordinator import open_run
     from lamina.server.port.listen import listen
     from lamina.server.releases import Sent
-    from lamina.server.rounds import Opened
+    from lamina.server.store.base import Opened
 
     config = config_of(words(folder, repeats, 1, RANK))
     opened = open_run(config, folder / "run", lambda event, **fields: None, SYSTEM)

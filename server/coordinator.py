@@ -42,9 +42,10 @@ from lamina.server.port.listen import listen
 from lamina.server.port.mailbox import Mailbox, Stopped
 from lamina.server.port.roster import Roster
 from lamina.server.port.sites import Run
-from lamina.server.rounds import Completed, Evaluation, Loop
+from lamina.server.rounds import Loop
 from lamina.server.rounds import run as run_rounds
 from lamina.server.store import checkpoint, events, run_directory
+from lamina.server.store.base import Completed, Evaluation
 from lamina.server.store.blobs import BlobStore
 from lamina.server.store.database import Database, set_fact
 from lamina.server.store.deployment import DeploymentStore

@@ -13,8 +13,8 @@ from lamina.protos.messages import Budget
 from lamina.protos.spec import AdapterSpec
 from lamina.server import export
 from lamina.server.report import write_report
-from lamina.server.rounds import Evaluation
 from lamina.server.store import run_directory
+from lamina.server.store.base import Evaluation
 from lamina.strategies.base import ServerState
 
 

@@ -11,7 +11,7 @@ from lamina.server.campaign import Campaign
 from lamina.server.port.mailbox import Mailbox
 from lamina.server.port.roster import Roster
 from lamina.server.releases import released
-from lamina.server.rounds import Evaluation
+from lamina.server.store.base import Evaluation
 from lamina.server.store.database import set_fact
 from lamina.server.store.deployment import DeploymentStore
 from lamina.strategies.base import ServerState

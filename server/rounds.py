@@ -7,155 +7,24 @@ loop that is started again goes on where the last one was killed.
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from lamina.protos import seeds
-from lamina.protos.blobs import Blob, blob
 from lamina.protos.errors import QuorumNotReached, UpdateRejected
-from lamina.protos.messages import Budget, Rejection, Release, Reply, Update
+from lamina.protos.messages import Budget, Rejection, Reply, Update
 from lamina.server import admission, selection
 from lamina.server.campaign import Campaign
 from lamina.server.channel import Channel
 from lamina.server.releases import Sent, release_errors, released
+from lamina.server.store.base import Collected, Completed, Evaluation, Opened, Store, evaluation_record
 from lamina.strategies.base import ServerState, client_weights
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out figures of one adapter.
-
-    Attributes:
-        loss: Token-weighted mean over all clients, nats per token (per example for classification).
-        accuracy: Share right, or None.
-        per_client: Client id -> `loss`, `tokens` and, for classification, `accuracy`.
-    """
-
-    loss: float
-    accuracy: float | None
-    per_client: Mapping[str, Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A round that has begun.
-
-    Attributes:
-        round: From 1.
-        sent: Client id -> what it was sent, stragglers of earlier rounds included.
-        wanted: Accepted updates at which the round is full.
-    """
-
-    round: int
-    sent: Mapping[str, Sent]
-    wanted: int
-
-
-@dataclass
-class Collected:
-    """What has come of a round so far.
-
-    Attributes:
-        updates: Client id -> admitted update.
-        rejections: What was refused, and what clients reported as failed.
-        num_bytes: Of all that arrived.
-        closed: Whether no further update counts.
-        judged: Client id -> SHA-256 of its update that the store had before the round was offered.
-        errors: Client id -> how far its release is from the global adapter.
-        seconds: From the round's opening to its last update.
-    """
-
-    updates: dict[str, Update] = field(default_factory=dict)
-    rejections: list[Rejection] = field(default_factory=list)
-    num_bytes: int = 0
-    closed: bool = False
-    judged: dict[str, str] = field(default_factory=dict)
-    errors: Mapping[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Completed:
-    """One finished round, for the store and for whoever watches.
-
-    Attributes:
-        state: After the round.
-        record: The line of `rounds.jsonl`.
-        updates: Accepted, in client-id order.
-        releases: Client id -> decoded release.
-        weights: Client id -> p_k.
-        held: Client id -> version that it holds now.
-        evaluation: Of the new global adapter, where this round is evaluated.
-        announced: Whether its record is written; a loop that was killed before that evaluates again.
-    """
-
-    state: ServerState
-    record: Mapping[str, Any]
-    updates: Sequence[Update]
-    releases: Mapping[str, Release]
-    weights: Mapping[str, float]
-    held: Mapping[str, int]
-    evaluation: Evaluation | None = None
-    announced: bool = True
-
-
-class Store:
-    """Where a round becomes durable. This one forgets all: a round that is interrupted is begun again."""
-
-    def keep(self, content: bytes) -> Blob:
-        """Keep an encoded release for as long as a client may ask for it."""
-        return blob(content)
-
-    def opened(self, round_number: int) -> Opened | None:
-        """A round that was opened before, with the releases that went out."""
-        return None
-
-    def stragglers(self, round_number: int) -> Mapping[str, Sent]:
-        """Clients that were asked in a round and have not answered."""
-        return {}
-
-    def open(self, opened: Opened) -> None:
-        """Return only when a restarted loop would find the round open."""
-
-    def collected(self, round_number: int) -> Collected:
-        """What had been admitted and rejected before an interruption."""
-        return Collected()
-
-    def admit(self, round_number: int, reply: Reply) -> None:
-        """Return only when the admitted update would survive a crash."""
-
-    def reject(self, round_number: int, rejection: Rejection) -> None:
-        """Count a refusal."""
-
-    def refused(self, round_number: int) -> Sequence[Rejection]:
-        """Refusals that did not pass through the loop: of messages that were no answer, or came as the round closed."""
-        return ()
-
-    def unjudged(self, round_number: int) -> Sequence[Reply]:
-        """Updates that had been received and not judged when the loop was interrupted."""
-        return ()
-
-    def held(self, held: Mapping[str, int]) -> Mapping[str, int]:
-        """The versions that clients still hold, of those that they were given."""
-        return held
-
-    def close(self, round_number: int) -> None:
-        """Return only when a restarted loop would aggregate the updates admitted so far, and no others."""
-
-    def save(self, completed: Completed) -> None:
-        """Return only when the round's result would survive a crash. Nothing of it is announced before."""
-
-    def announce(self, completed: Completed) -> None:
-        """Write the round's record and tell whoever watches."""
-
 
 Evaluate = Callable[[ServerState, Mapping[str, int]], Evaluation | None]
 Present = Callable[[int], Mapping[str, Budget]]
@@ -301,35 +170,6 @@ def _claimed(updates: Sequence[Update], metric: str) -> list[float]:
     """What clients say of themselves, without what cannot be: it is shown, never used."""
     claims = [update.metrics[metric] for update in updates if metric in update.metrics]
     return [claim for claim in claims if 0 <= claim < 1e9]
-
-
-def evaluation_record(evaluation: Evaluation | None) -> dict[str, Any]:
-    """The held-out figures of a line of `rounds.jsonl`.
-
-    Args:
-        evaluation: The figures, or None where the round is not evaluated.
-
-    Returns:
-        `loss`, `accuracy`, `perplexity`, `loss_worst`, `loss_spread` and `per_client_loss`, null where unknown.
-    """
-    if evaluation is None:
-        return {
-            "loss": None,
-            "accuracy": None,
-            "perplexity": None,
-            "loss_worst": None,
-            "loss_spread": None,
-            "per_client_loss": {},
-        }
-    losses = {client: figures["loss"] for client, figures in evaluation.per_client.items()}
-    return {
-        "loss": evaluation.loss,
-        "accuracy": evaluation.accuracy,
-        "perplexity": math.exp(min(evaluation.loss, 700.0)) if evaluation.accuracy is None else None,
-        "loss_worst": max(losses.values()),
-        "loss_spread": float(np.std(list(losses.values()))),
-        "per_client_loss": losses,
-    }
 
 
 def _open(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Opened:

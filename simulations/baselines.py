@@ -14,7 +14,7 @@ from lamina.client.train import Task, completed, train
 from lamina.protos.adapter import Adapter
 from lamina.protos.config import Config
 from lamina.protos.messages import Budget
-from lamina.server.rounds import Evaluation
+from lamina.server.store.base import Evaluation
 from lamina.simulations.prepare import Prepared
 
 

@@ -24,7 +24,7 @@ from lamina.protos.errors import CheckpointError, TrainingError
 from lamina.protos.messages import Budget, Instruction, Reply
 from lamina.server.campaign import fixed_settings
 from lamina.server.channel import MemoryChannel
-from lamina.server.rounds import Completed, Evaluation
+from lamina.server.store.base import Completed, Evaluation
 from lamina.simulations.prepare import Prepared
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lamina.server.rounds import Completed
+from lamina.server.store.base import Completed
 from lamina.simulations.run import Finished
 
 _HEAD = f"{'round':>9} {'clients':>7} {'train':>8} {'held-out':>9} {'worst':>8} {'up':>9} {'down':>9} {'error':>9} {'seconds':>8}"

@@ -18,9 +18,10 @@ from lamina.protos.errors import ConfigError
 from lamina.protos.files import write_json
 from lamina.server import campaign as campaigns
 from lamina.server.finish import Run, summarise, write_results
-from lamina.server.rounds import Completed, Evaluation, Loop
+from lamina.server.rounds import Loop
 from lamina.server.rounds import run as run_rounds
 from lamina.server.store import run_directory
+from lamina.server.store.base import Completed, Evaluation
 from lamina.simulations import engine
 from lamina.simulations.baselines import measure as measure_baselines
 from lamina.simulations.engine import Watcher

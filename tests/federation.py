@@ -16,7 +16,8 @@ from lamina.protos.spec import AdapterSpec
 from lamina.server.admission import HEADER_BYTES
 from lamina.server.campaign import Campaign
 from lamina.server.channel import Channel, MemoryChannel, Respond
-from lamina.server.rounds import Completed, Evaluation, Loop, run_round
+from lamina.server.rounds import Loop, run_round
+from lamina.server.store.base import Completed, Evaluation
 from lamina.strategies import Options, ServerState, build
 
 MODULES: Mapping[str, tuple[int, int]] = {"block.q_proj": (9, 7), "block.up_proj": (6, 11)}

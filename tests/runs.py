@@ -13,7 +13,8 @@ from lamina.protos.messages import Instruction, Reply
 from lamina.server import campaign as campaigns
 from lamina.server import rounds
 from lamina.server.campaign import Campaign
-from lamina.server.rounds import Completed, Evaluation
+from lamina.server.store import base
+from lamina.server.store.base import Completed, Evaluation
 from lamina.simulations import engine
 from lamina.simulations.engine import Cohort
 from lamina.simulations.prepare import Prepared, prepare
@@ -85,7 +86,7 @@ class Quiet:
 
 
 @dataclass
-class Memory(rounds.Store):
+class Memory(base.Store):
     """A store that keeps every completed round."""
 
     completed: list[Completed] = field(default_factory=list)

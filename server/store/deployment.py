@@ -23,8 +23,8 @@ from lamina.protos.errors import CheckpointError, UpdateRejected
 from lamina.protos.messages import Instruction, Rejection, Release, Reply
 from lamina.protos.statements import BadStatement, budget_document, budget_of, instruction_document, instruction_of
 from lamina.server.releases import Sent
-from lamina.server.rounds import Collected, Completed, Opened
 from lamina.server.store import events
+from lamina.server.store.base import Collected, Completed, Opened
 from lamina.server.store.blobs import BlobStore, is_whole
 from lamina.server.store.database import Database, set_fact
 from lamina.server.store.run_directory import RunDirectory

@@ -16,8 +16,8 @@ from lamina.protos.adapter import Adapter, Array
 from lamina.protos.errors import CheckpointError, ConfigError
 from lamina.protos.files import append_durably, write_atomic, write_json
 from lamina.protos.layout import canonical
-from lamina.server.rounds import Completed, Store
 from lamina.server.store import checkpoint
+from lamina.server.store.base import Completed, Store
 from lamina.server.store.checkpoint import Checkpoint
 
 

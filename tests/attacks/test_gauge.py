@@ -10,7 +10,7 @@ import pytest
 from lamina.protos.adapter import Adapter, LoraFactors, product
 from lamina.protos.codec import encode_update
 from lamina.protos.messages import Update
-from lamina.server.rounds import Completed
+from lamina.server.store.base import Completed
 from tests.federation import MODULES, attacked, budget, campaign, one_round, reasons
 from tests.runs import same_bits
 

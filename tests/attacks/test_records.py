@@ -14,8 +14,9 @@ from lamina.protos.adapter import Adapter
 from lamina.protos.codec import encode_update
 from lamina.protos.errors import CheckpointError, LaminaError
 from lamina.protos.files import sha256
-from lamina.server.rounds import Completed, Loop, run
+from lamina.server.rounds import Loop, run
 from lamina.server.store import checkpoint, run_directory
+from lamina.server.store.base import Completed
 from lamina.server.store.run_directory import RunDirectory
 from tests.federation import attacker, campaign, changed, channel, no_evaluation, one_round
 

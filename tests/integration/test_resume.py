@@ -11,7 +11,7 @@ import pytest
 
 from lamina.protos.config import Config
 from lamina.protos.errors import CheckpointError, ConfigError
-from lamina.server.rounds import Completed
+from lamina.server.store.base import Completed
 from lamina.simulations.prepare import Prepared, prepare
 from lamina.simulations.run import simulate
 from tests import models, texts
