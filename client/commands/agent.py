@@ -66,15 +66,12 @@ def main(command: str, words: Sequence[str]) -> int:
     from lamina.client import policy as policies
     from lamina.client.agent import Agent, Superseded
     from lamina.client.listening import Settings
-    from lamina.client.model import quiet
     from lamina.client.preflight import NETWORK, preflight
-    from lamina.client.worker import SiteWorker
     from lamina.protos import identity as identities
     from lamina.protos.link import Address, check_exposed
     from lamina.protos.logs import json_log, plain_log
 
     log = plain_log() if sys.stderr.isatty() and not as_json else json_log(SYSTEM.now)
-    quiet()
     policy = policies.read(Path(config.client.policy) if config.client.policy else None)
     check_exposed(config.client.coordinator, config.insecure, "client.coordinator")
     identity, folder = None, Path(config.client.identity)
@@ -97,6 +94,10 @@ def main(command: str, words: Sequence[str]) -> int:
         trust = [one.message for one in found if one.what not in NETWORK]
         return IdentityError("\n".join(trust)) if trust else None
 
+    from lamina.client.model import quiet  # with torch, which takes seconds: what is wrong above is told before
+    from lamina.client.worker import SiteWorker
+
+    quiet()
     settings = Settings(
         address=Address(config.client.coordinator, identity, config.client.name),
         policy=policy,

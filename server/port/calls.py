@@ -17,6 +17,7 @@ from lamina.protos.clock import SYSTEM, Clock
 # A site has four open at most: instructions, a sign of life, an adapter down or up, and one of these dialled again.
 MOST = 16
 STALL_S = 240.0
+_REVOKED_S = 2.0
 
 
 @dataclass(eq=False)
@@ -110,5 +111,7 @@ class Calls:
             calls = [call for others in self._open.values() for call in others]
         for call in calls:
             since = call.waits_since
-            if (since is not None and now - since > self._stall_s) or (call.sends and is_revoked(call.serial)):
+            # Those whose messages come are told by their handlers why they end.
+            patience = _REVOKED_S if is_revoked(call.serial) else self._stall_s
+            if since is not None and now - since > patience:
                 call.context.cancel()
