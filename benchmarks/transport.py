@@ -89,7 +89,7 @@ def serve_stream(folder: Path, repeats: int) -> None:
     from lamina.protos.adapter import EMPTY
     from lamina.protos.clock import SYSTEM
     from lamina.protos.messages import Budget, Instruction, Release
-    from lamina.server.coordinator import open_run
+    from lamina.server.opening import open_run
     from lamina.server.port.listen import listen
     from lamina.server.releases import Sent
     from lamina.server.store.base import Opened

@@ -9,68 +9,40 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import secrets
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lamina.protos import compose
-from lamina.protos import identity as identities
-from lamina.protos import spec as specs
-from lamina.protos.blobs import Blob
 from lamina.protos.clock import SYSTEM, Clock
 from lamina.protos.config import Config, checked
-from lamina.protos.errors import CheckpointError, ConfigError, IdentityError, StorageError
-from lamina.protos.files import sha256, write_atomic
-from lamina.protos.identity import Identity
+from lamina.protos.errors import StorageError
+from lamina.protos.files import sha256
 from lamina.protos.link import check_exposed
 from lamina.protos.logs import Log
 from lamina.protos.messages import Reply
-from lamina.server import campaign as campaigns
-from lamina.server.campaign import Campaign
 from lamina.server.finish import Run as Finished
 from lamina.server.finish import summarise, write_results
 from lamina.server.measuring import Measuring
 from lamina.server.metrics import Metrics
-from lamina.server.port.access import Access
+from lamina.server.opening import Opened, open_run
 from lamina.server.port.listen import listen
-from lamina.server.port.mailbox import Mailbox, Stopped
-from lamina.server.port.roster import Roster
-from lamina.server.port.sites import Run
+from lamina.server.port.mailbox import Stopped
+from lamina.server.port.run import Run
 from lamina.server.rounds import Loop
 from lamina.server.rounds import run as run_rounds
-from lamina.server.store import checkpoint, events, run_directory
+from lamina.server.store import run_directory
 from lamina.server.store.base import Completed, Evaluation
-from lamina.server.store.blobs import BlobStore
-from lamina.server.store.database import Database, set_fact
-from lamina.server.store.deployment import DeploymentStore
 from lamina.strategies.base import ServerState
 
-DATABASE = "coordinator.sqlite"
 _LOOK_S = 1.0
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 # How long clients are given to hear that the run is over: those on the line, and after a restart those who will dial again.
 _FAREWELL_S = 30.0
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A run whose directory is open.
-
-    Attributes:
-        run: For the port.
-        identity: The coordinator's, or None without certificates.
-        resumed: The last durable round, or None.
-    """
-
-    run: Run
-    identity: Identity | None
-    resumed: Completed | None
 
 
 def _disk_told(serving: Callable[..., int]) -> Callable[..., int]:
@@ -264,168 +236,3 @@ def _signals(run: Run, leave: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# Opening.
-
-
-def open_run(config: Config, path: Path, log: Log, clock: Clock) -> Opened:
-    """Open a run directory, new or known.
-
-    Args:
-        config: A checked config.
-        path: The run directory.
-        log: Told what happens.
-        clock: For times in the log.
-
-    Returns:
-        The run and where it goes on from.
-
-    Raises:
-        ConfigError: If the schema file is missing, or something else is in the directory.
-        CheckpointError: If the directory holds a run of other settings, or nothing whole.
-        IdentityError: If the certificate cannot be used.
-    """
-    identity, access = _identity(config, clock)
-    if not config.coordinator.spec:
-        raise ConfigError("coordinator.spec: expected the schema file of the base. Write one with `lamina spec MODEL`.")
-    spec_path = Path(config.coordinator.spec)
-    spec = specs.read(spec_path)
-    if spec.task != config.task:
-        raise ConfigError(f"task={config.task}: expected {spec.task}, the task of {spec_path}. Set task={spec.task}.")
-    known = (path / DATABASE).exists()
-    if not known:
-        run_directory.create(path, compose.to_yaml(config))
-    db = Database(path / DATABASE)
-    fixed = campaigns.fixed_settings(config, spec) | {"spec": sha256(spec_path.read_bytes())}
-    run_id, blob = _begin(db, path, fixed, spec_path.read_bytes(), identity, clock)
-    campaign = campaigns.campaign(config, spec, campaigns.budgets(config, spec), run_id)
-    store = DeploymentStore(
-        path=path,
-        identity=fixed | {"run id": run_id},
-        keep_checkpoints=config.checkpoints,
-        keep_updates=config.keep_updates,
-        extra=dict,
-        completed=lambda completed: None,
-        db=db,
-        blobs=BlobStore(path / "blobs"),
-        clock=clock,
-        sign=_head_signer(identity),
-        carry_rounds=config.clients.carry_rounds,
-    )
-    with db.alone() as connection:
-        events.reconcile(connection, path / events.FILE_NAME)
-    mailbox = Mailbox(clock)
-    run = Run(
-        config=config,
-        campaign=campaign,
-        store=store,
-        roster=Roster(config, spec, store, clock),
-        mailbox=mailbox,
-        access=access,
-        clock=clock,
-        sign=(lambda domain, statement: b"") if identity is None else _signer(identity),
-        certificate=b"" if identity is None else identity.certificate_pem,
-        consortium="" if identity is None else identity.peer.consortium,
-        spec=blob,
-    )
-    resumed = _resumed(store, campaign, log) if known else None
-    return Opened(run, identity, resumed)
-
-
-def _identity(config: Config, clock: Clock) -> tuple[Identity | None, Access]:
-    if config.insecure:
-        return None, Access(None, None, clock)
-    if not config.coordinator.identity:
-        raise IdentityError(
-            "coordinator.identity: expected the folder with the coordinator's certificate. Make one with `lamina pki`, "
-            "or set insecure=true to try things out on the loopback interface."
-        )
-    folder = Path(config.coordinator.identity)
-    identity = identities.load(folder)
-    wrong = [finding.message for finding in identities.check(folder, clock.now(), "coordinator") if not finding.ok]
-    if wrong:
-        raise IdentityError("\n".join(wrong))
-    named = config.coordinator.revocations
-    beside = folder / "crl.pem"
-    revocations = Path(named) if named else beside if beside.exists() else None
-    if revocations is not None and not revocations.is_file():
-        raise IdentityError(f"coordinator.revocations={named}: expected the consortium's crl.pem, found none.")
-    return identity, Access(identity.ca_pem, revocations, clock)
-
-
-def _signer(identity: Identity) -> Callable[[str, bytes], bytes]:
-    return lambda domain, statement: identities.sign(identity, domain, statement)
-
-
-def _head_signer(identity: Identity | None) -> Callable[[bytes], bytes]:
-    if identity is None:
-        return lambda digest: b""
-    return lambda digest: identities.sign(identity, "log-head", digest)
-
-
-def _begin(
-    db: Database, path: Path, fixed: Mapping[str, Any], spec: bytes, identity: Identity | None, clock: Clock
-) -> tuple[str, Blob]:
-    """The run's name, new or known, and the schema file as a blob."""
-    blob = BlobStore(path / "blobs").put(spec)
-    run_id = db.fact("run_id")
-    with db.change() as connection:
-        if run_id is None:
-            run_id = secrets.token_hex(6)
-            set_fact(connection, "run_id", run_id)
-            set_fact(connection, "spec", blob.sha256)
-            set_fact(connection, "signing_key", _signing_key(identity))
-            certificate = "" if identity is None else identity.certificate_pem.decode()
-            fields = {
-                "run_id": run_id,
-                "certificate": certificate,
-                "config": sha256((path / "config.yaml").read_bytes()),
-                "spec": blob.sha256,
-                "settings": dict(fixed),
-            }
-            events.append(connection, "begin", fields, clock.now(), _head_signer(identity))
-        else:
-            _check_key(connection, identity, path)
-            set_fact(connection, "stopping", "0")
-            events.append(connection, "restart", {"run_id": run_id}, clock.now(), _head_signer(identity))
-    if identity is not None:
-        write_atomic(path / "ca.pem", identity.ca_pem)
-    return run_id, blob
-
-
-def _signing_key(identity: Identity | None) -> str:
-    return "" if identity is None else identity.peer.signing_key.hex()
-
-
-def _check_key(connection: Any, identity: Identity | None, path: Path) -> None:
-    """The log is signed with one key from its first record to its last."""
-    before = connection.execute("SELECT value FROM facts WHERE name = 'signing_key'").fetchone()[0]
-    if before != _signing_key(identity):
-        raise IdentityError(
-            f"{path}: expected the signing key that the run began with, or its event log could not be checked. "
-            "Renew the coordinator's certificate with rotate_signing_key=false, or finish the run under the old one."
-        )
-
-
-def _resumed(store: DeploymentStore, campaign: Campaign, log: Log) -> Completed | None:
-    last, wrong = checkpoint.load_newest_whole(store.path)
-    for message in wrong:
-        log("damaged", message=message)
-        store.note("damaged", round=(last.state.round if last else 0) + 1)
-    first = 1 if last is None else last.state.round + 1
-    if wrong and store.opened(first) is None:
-        raise CheckpointError(
-            f"{store.path}: expected a whole checkpoint, or the updates of round {first} to make it again. Neither is there; "
-            "restore the directory from a copy."
-        )
-    resumed = run_directory.from_checkpoint(store.path, store.identity, last)
-    if resumed is None:
-        return None
-    if resumed.completed.state.round > campaign.rounds:
-        raise ConfigError(
-            f"rounds={campaign.rounds}: expected at least {resumed.completed.state.round}, the rounds done."
-        )
-    if store.settled() < resumed.completed.state.round:
-        store.settle(resumed.completed)
-    return resumed.completed

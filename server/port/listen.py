@@ -14,7 +14,8 @@ from lamina.protos.identity import Identity
 from lamina.protos.statements import MAX_STATEMENT_BYTES
 from lamina.server.port.access import Gate
 from lamina.server.port.operations import Operators
-from lamina.server.port.sites import Run, Sites
+from lamina.server.port.run import Run
+from lamina.server.port.sites import Sites
 
 # Statements and one part of an adapter are the largest messages there are.
 _MESSAGE_SLACK = 64 * 1024

@@ -13,7 +13,7 @@ from lamina.protos import coordinator_pb2 as pb
 from lamina.protos.coordinator_pb2_grpc import CoordinatorServicer
 from lamina.server.export import write_adapter
 from lamina.server.port.access import refuse
-from lamina.server.port.sites import Run
+from lamina.server.port.run import Run
 from lamina.server.store.run_directory import read_records
 
 _FILES = (

@@ -24,7 +24,7 @@ STRATEGIES = ("recompress", "residual", "stack")
 # Each is reached in round 2 unless it says otherwise: 3 sites, so the 4th update to arrive is the first of round 2, and the
 # offers are those of the base's figures, round 1, its figures, round 2.
 POINTS = {
-    "the run has a name": Point("lamina.server.coordinator:_begin", "after"),
+    "the run has a name": Point("lamina.server.opening:_begin", "after"),
     "the base's figures came": Point("lamina.server.measuring:Measuring._remember", "before"),
     "round 1 has releases": Point(f"{STORE}.open", "before"),
     "round 1 is open": Point(f"{STORE}.open", "after"),
