@@ -32,7 +32,7 @@ from lamina.protos.errors import (
     TrainingError,
     UpdateRejected,
 )
-from lamina.protos.link import Link, Refused, Unreachable
+from lamina.protos.link import DATA_LOSS, Link, Refused, Unreachable
 from lamina.protos.messages import Instruction
 from lamina.protos.spec import AdapterSpec, from_json
 
@@ -200,6 +200,8 @@ class Agent:
             self._log("superseded", round=document.get("round"))
         except Refused as error:
             self._log("refused", round=document.get("round"), message=str(error))
+            if error.code is DATA_LOSS:
+                self._report(document, code="release")
         except (PolicyRefused, IdentityError) as error:
             self._log("policy", round=document.get("round"), message=str(error))
             self._report(document, code="policy")

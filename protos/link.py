@@ -22,6 +22,7 @@ from lamina.protos.blobs import Blob
 from lamina.protos.clock import Clock
 from lamina.protos.coordinator_pb2_grpc import CoordinatorStub
 from lamina.protos.errors import ConfigError, IdentityError, LaminaError
+from lamina.protos.files import file_digest
 from lamina.protos.growing import Growing
 from lamina.protos.identity import Identity
 
@@ -35,6 +36,7 @@ _AGAIN = (
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.DATA_LOSS,
 )
+DATA_LOSS = grpc.StatusCode.DATA_LOSS
 _TRUST = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 _CALL_S = 30.0
 
@@ -182,7 +184,7 @@ class Link:
             Refused: If the coordinator has no such blob for this client, or sent other content.
         """
         whole, part = folder / blob.sha256, folder / f"{blob.sha256}.part"
-        if whole.is_file() and whole.stat().st_size == blob.num_bytes:
+        if whole.is_file() and file_digest(whole).hexdigest() == blob.sha256:
             return Blob(blob.sha256, blob.num_bytes, whole)
         folder.mkdir(parents=True, exist_ok=True)
         part.touch()

@@ -187,7 +187,9 @@ class DeploymentStore(RunDirectory):
         """
         claim, blob, client = received.instruction, received.blob, received.instruction.client_id
         if round_number - claim.round > self.carry_rounds:
-            raise UpdateRejected("late", f"client {client}, round {claim.round}: expected an update before the round closed.")
+            raise UpdateRejected(
+                "late", f"client {client}, round {claim.round}: expected an update before the round closed."
+            )
         values = (round_number, client, blob.sha256, blob.num_bytes, received.claim, received.signature, "received")
         with self.db.change() as connection:
             connection.execute("INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", values)

@@ -10,12 +10,15 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lamina import __main__ as lamina
 from tests import deployment
+
+SLOW_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Point:
     Attributes:
         target: `module:function` or `module:Class.method`, patched where it is looked up.
         when: `before` the call, `after` it, or `torn`: half of its last argument, a text, is appended to the file first.
+            With `slow` nobody dies: the call comes `SLOW_S` later.
         count: Which call, from 1.
         holding: Only calls count whose arguments, written out, contain this.
     """
@@ -61,13 +65,15 @@ def arm(point: Point) -> None:
         now = counts and calls == point.count
         if now and point.when == "before":
             die()
+        if now and point.when == "slow":
+            time.sleep(SLOW_S)
         if now and point.when == "torn":
             file, text = given
             with open(file, "a") as half:
                 half.write(text[: len(text) // 2])
             die()
         found = inner(*given, **named)
-        if now:
+        if now and point.when == "after":
             die()
         return found
 

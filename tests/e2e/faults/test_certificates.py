@@ -175,7 +175,7 @@ def test_a_coordinator_does_not_start_with_another_role(tmp_path: Path, name: st
             lambda *_, **__: None,
         )
     assert caught.value.exit_code == 5
-    assert not (tmp_path / "run" / coordinators.DATABASE).exists()
+    assert not (tmp_path / "run" / "coordinator.sqlite").exists()
 
 
 class Pretender(CoordinatorServicer):

@@ -55,6 +55,8 @@ HELD = (
     "an update is received", "all updates are admitted", "the round is closed", "the checkpoint is written",
     "the round is saved", "the record is written",
 )  # fmt: skip
+# The port is open for some seconds before anyone is asked: who goes on where he was comes too early, and tries again.
+SLOW_TO_ASK = Point("lamina.server.port.mailbox:Mailbox.offer", "slow")
 KILLED: dict[str, tuple[str, ...]] = {"recompress": tuple(POINTS), "residual": HELD, "stack": HELD}
 
 
@@ -111,7 +113,7 @@ def test_killed_while_an_upload_is_half_written(tmp_path: Path, strategy: str) -
         deployment.kill(first)
         there, sent = it.partial_bytes("north"), link.bytes_up
         link.heal()
-        second = it.coordinator()
+        second = it.coordinator(SLOW_TO_ASK)
         until(lambda: north.rounds("sent"), "the update is sent")
         size = next(fields["bytes_up"] for name, fields in north.events if name == "sent")
         # What else goes up, signs of life and the registration, is far less than what was there already.
@@ -119,6 +121,37 @@ def test_killed_while_an_upload_is_half_written(tmp_path: Path, strategy: str) -
         it.ended(second, 0)
         it.sites_ended()
         it.undisturbed()
+
+
+def test_killed_while_a_download_is_half_written(tmp_path: Path) -> None:
+    with Scene(tmp_path, ["strategy=residual", "evaluate.every=3", *BIG_WORDS], BIG_MODULES) as it:
+        link = it.proxy()
+        first = it.coordinator()
+        gate = threading.Event()
+        north = it.site("north", port=link.port)
+        it.site("south", Gated("south", gates={1: gate}))
+        it.site("west")
+        until(lambda: north.rounds("sent"), "round 1")
+        link.slow(150_000)
+        gate.set()
+
+        def there() -> int:
+            return sum(path.stat().st_size for path in (tmp_path / "north").glob("*/releases/*.part"))
+
+        until(lambda: there() > 100_000, "half of a release is there")
+        deployment.kill(first)
+        had, came = there(), link.bytes_down
+        link.heal()
+        second = it.coordinator(SLOW_TO_ASK)
+        until(lambda: 2 in north.rounds("training"), "round 2")
+        size = next(
+            fields["bytes_down"] for name, fields in north.events if name == "training" and fields["round"] == 2
+        )
+        assert link.bytes_down - came < size - had + 100_000
+        it.ended(second, 0)
+        it.sites_ended()
+        it.undisturbed()
+        assert north.rounds("refused") + north.rounds("failed") == []
 
 
 def killed_again_and_again(folder: Path, strategy: str, seed: int, seconds: float, rounds: int) -> None:
