@@ -18,7 +18,7 @@ from tests import models, texts
 from tests.runs import Quiet, small
 
 # `bytes_up` counts the digits of the seconds that clients report, so it may differ by a few bytes.
-TIMES = ("seconds", "seconds_aggregate", "seconds_evaluate", "seconds_train", "bytes_up")
+TIMES = ("seconds", "seconds_collect", "seconds_aggregate", "seconds_evaluate", "seconds_train", "bytes_up")
 
 
 class Killed(Exception):
