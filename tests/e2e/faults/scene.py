@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import subprocess
 import threading
 import time
@@ -198,13 +200,20 @@ class Scene(AbstractContextManager["Scene"]):
         self.stack.close()
 
     def coordinator(self, point: Point | None = None, *more: str) -> subprocess.Popen[bytes]:
-        """Start `lamina coordinator`, to die at a point."""
+        """Start `lamina coordinator`, to die at a point; returns when its port is open, or it is dead already."""
         listen, output = f"coordinator.listen=127.0.0.1:{self.port}", f"output={self.path}"
         begin = ("-m", "lamina") if point is None else point.words
         given = merged(self.words, more)
         process = deployment.start(*begin, "coordinator", "--json", *given, listen, output, log=self.log)
         self.processes.append(process)
+        until(lambda: process.poll() is not None or self.is_open(), "the port is open")
         return process
+
+    def is_open(self) -> bool:
+        """Whether a coordinator listens."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
+        return False
 
     def thread(self) -> Running:
         """Start a coordinator in this process, with this scene's clock."""

@@ -41,19 +41,8 @@ def killed(folder: Path, strategy: str, point: Point, trained: list[int]) -> Non
         assert second.rounds("training") == trained
 
 
-@pytest.mark.parametrize("strategy", ["recompress", "stack"])
-def test_killed_between_training_and_sending(tmp_path: Path, strategy: str) -> None:
-    at_once(
-        {
-            name: functools.partial(killed, tmp_path / str(number), strategy, point, trained)
-            for number, (name, (point, trained)) in enumerate(POINTS.items())
-        }
-    )
-
-
-@pytest.mark.parametrize("strategy", ["recompress", "stack"])
-def test_killed_while_training_and_back_at_once(tmp_path: Path, strategy: str) -> None:
-    with Scene(tmp_path, [f"strategy={strategy}"]) as it:
+def killed_while_training(folder: Path, strategy: str) -> None:
+    with Scene(folder, [f"strategy={strategy}"]) as it:
         coordinator = it.coordinator()
         it.site("south")
         it.site("west")
@@ -68,7 +57,17 @@ def test_killed_while_training_and_back_at_once(tmp_path: Path, strategy: str) -
         assert second.rounds("training") == [1, 2, 2, 3]
 
 
-@pytest.mark.xfail(strict=False, reason="sends about 100 kB more than what the coordinator lacks; not understood yet")
+@pytest.mark.parametrize("strategy", ["recompress", "stack"])
+def test_killed_and_back_at_once(tmp_path: Path, strategy: str) -> None:
+    at_once(
+        {
+            name: functools.partial(killed, tmp_path / str(number), strategy, point, trained)
+            for number, (name, (point, trained)) in enumerate(POINTS.items())
+        }
+        | {"while training": functools.partial(killed_while_training, tmp_path / "training", strategy)}
+    )
+
+
 def test_killed_while_uploading(tmp_path: Path) -> None:
     """The site that comes back goes on at the byte, and trains nothing again."""
     with Scene(tmp_path, ["strategy=residual", *BIG_WORDS], BIG_MODULES) as it:
@@ -82,20 +81,23 @@ def test_killed_while_uploading(tmp_path: Path) -> None:
         until(lambda: it.settled_bytes(link), "the link stands still")
         deployment.kill(first.process)
         there, sent = it.partial_bytes("north"), link.bytes_up
+        # The kernel still holds some 240 kB that the dead one had given it, and would send them on a link that is whole again.
+        link.cut()
         link.heal()
         second = it.process("north", port=link.port)
         second.reach("sent", 1)
         size = deployment.wait_for(second.log, "sent")[0]["bytes_up"]
-        assert link.bytes_up - sent < size - there + 100_000
+        assert link.bytes_up - sent < size - there + 20_000
         it.ended(coordinator, 0)
         it.sites_ended()
         it.undisturbed()
         assert second.rounds("training") == [1, 2, 3]
 
 
-def test_one_that_never_comes_back_is_missing_from_its_rounds_and_no_others(tmp_path: Path) -> None:
+def never_back(folder: Path) -> None:
+    """It is missing from its rounds and no others."""
     given = ["clients.deadline_s=8", "clients.patience_s=4", "clients.quorum=2"]
-    with Scene(tmp_path, given) as it:
+    with Scene(folder, given) as it:
         coordinator = it.coordinator()
         it.site("south")
         it.site("west")
@@ -113,10 +115,11 @@ def test_one_that_never_comes_back_is_missing_from_its_rounds_and_no_others(tmp_
         assert all(site.worker.trained == [1, 2, 3] for site in it.sites.values())
 
 
-def test_one_that_comes_back_after_the_deadline_is_in_the_next_round(tmp_path: Path) -> None:
+def back_after_the_deadline(folder: Path) -> None:
+    """It is in the next round that opens."""
     given = ["clients.deadline_s=8", "clients.patience_s=4", "clients.quorum=2", "rounds=4"]
     gate = threading.Event()
-    with Scene(tmp_path, given) as it:
+    with Scene(folder, given) as it:
         coordinator = it.coordinator()
         it.site("south")
         west = Gated("west", gates={3: gate})
@@ -136,9 +139,10 @@ def test_one_that_comes_back_after_the_deadline_is_in_the_next_round(tmp_path: P
         assert second.rounds("training") == [1, 2, 4]
 
 
-def test_below_the_quorum_the_coordinator_ends_with_3_and_goes_on_later(tmp_path: Path) -> None:
+def below_the_quorum(folder: Path) -> None:
+    """The coordinator ends with 3, and goes on later."""
     given = ["clients.deadline_s=6", "clients.quorum=3"]
-    with Scene(tmp_path, given) as it:
+    with Scene(folder, given) as it:
         coordinator = it.coordinator()
         it.site("south")
         it.site("west")
@@ -155,6 +159,11 @@ def test_below_the_quorum_the_coordinator_ends_with_3_and_goes_on_later(tmp_path
         it.sites_ended()
         it.undisturbed()
         assert second.rounds("training") == [1, 2, 2, 3]
+
+
+def test_killed_and_away_past_the_deadline(tmp_path: Path) -> None:
+    plays = (never_back, back_after_the_deadline, below_the_quorum)
+    at_once({play.__name__: functools.partial(play, tmp_path / play.__name__) for play in plays})
 
 
 def test_nobody_comes(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def killed_again_and_again(folder: Path, strategy: str, seed: int, seconds: floa
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             process = it.coordinator()
-            time.sleep(rng.uniform(0.7, 3.0))
+            time.sleep(rng.uniform(0.1, 2.0))
             if process.poll() is not None:
                 it.ended(process, 0)
                 break
@@ -174,7 +174,7 @@ def killed_again_and_again(folder: Path, strategy: str, seed: int, seconds: floa
 
 
 def test_killed_again_and_again_at_random_moments(tmp_path: Path) -> None:
-    cases = {s: functools.partial(killed_again_and_again, tmp_path / s, s, 7, 12.0, 6) for s in STRATEGIES}
+    cases = {s: functools.partial(killed_again_and_again, tmp_path / s, s, 7, 8.0, 6) for s in STRATEGIES}
     at_once(cases)
 
 
