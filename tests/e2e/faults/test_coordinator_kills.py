@@ -80,6 +80,24 @@ def test_killed_once(tmp_path: Path, strategy: str) -> None:
     )
 
 
+def test_one_who_is_slow_to_dial_again_is_asked_all_the_same(tmp_path: Path) -> None:
+    """A coordinator that was killed between two rounds asks in the next whom it would have asked."""
+    with Scene(tmp_path) as it:
+        link = it.proxy()
+        first = it.coordinator(POINTS["the record is written"])
+        it.site("north")
+        it.site("south")
+        it.site("west", port=link.port)
+        it.ended(first, -signal.SIGKILL)
+        link.cut()
+        second = it.coordinator()
+        until(lambda: it.logged_rounds("round") == [1, 2, 3], "round 3 is open")
+        link.heal()
+        it.ended(second, 0)
+        it.sites_ended()
+        it.undisturbed()
+
+
 def test_a_round_that_was_closed_stays_closed(tmp_path: Path) -> None:
     """An update that comes after the deadline and the kill does not count in the round that was closed without it."""
     given = ["clients.deadline_s=6", "clients.quorum=2"]
