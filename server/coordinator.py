@@ -201,10 +201,14 @@ def _farewell(run: Run, why: str, leave: threading.Event) -> None:
 
 
 def _look_after(run: Run, log: Log, over: threading.Event) -> None:
-    """Read the list of revoked certificates again when it changes; no round waits for a site that is on it."""
+    """Read the list of revoked certificates again when it changes; no round waits for a site that is on it. Nor does one
+    wait for sites whose calls the disk does not let us answer: the run ends.
+    """
     fault = ""
     while not over.wait(run.clock.real(_LOOK_S)):
         run.access.reload()
+        if run.access.broken is not None:
+            run.mailbox.fail(run.access.broken)
         for name in run.roster.strike(run.access):
             run.mailbox.deliver(Reply(name, None, "revoked"))
             log("revoked", client=name)

@@ -80,6 +80,7 @@ class Access:
         self._revoked: frozenset[int] = frozenset()
         self._stamp: tuple[int, int] | None = None
         self.fault = ""
+        self.broken: StorageError | None = None
         if ca_pem is not None and revocations is not None:
             self._revoked, self._stamp = read_revocations(revocations, ca_pem), _stamp(revocations)
 
@@ -209,7 +210,8 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]
                     refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, f"{call.name} has too many calls open.")
                 try:
                     yield access.calls.watched(call, request) if call.sends else request
-                except StorageError:
+                except StorageError as error:
+                    access.broken = error
                     told = "the coordinator's disk is full or fails. Its operator is told; try again later."
                     refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, told)
                 except CheckpointError:

@@ -51,6 +51,7 @@ class Mailbox:
         self._number = 0
         self._begun = False
         self._ending = ""
+        self._fault: LaminaError | None = None
 
     # The round loop's side.
 
@@ -99,8 +100,7 @@ class Mailbox:
         while True:
             with self._changed:
                 while not self._replies:
-                    if self._ending:
-                        raise Stopped(self._ending)
+                    self._go_on()
                     left = 1.0 if deadline is None else min(1.0, deadline - self._clock.monotonic())
                     if not self._waiting or left <= 0 or not worth(frozenset(self._waiting)):
                         return
@@ -111,10 +111,15 @@ class Mailbox:
     def wait(self, seconds: float) -> None:
         """Wait for a change, at most so long; `Stopped` if `end` was called."""
         with self._changed:
-            if not self._ending:
-                self._changed.wait(self._clock.real(seconds))
-            if self._ending:
-                raise Stopped(self._ending)
+            self._go_on()
+            self._changed.wait(self._clock.real(seconds))
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+        if self._ending:
+            raise Stopped(self._ending)
 
     # The service's side.
 
@@ -165,6 +170,12 @@ class Mailbox:
         """Make the round loop stop where it waits."""
         with self._changed:
             self._ending = why
+            self._changed.notify_all()
+
+    def fail(self, fault: LaminaError) -> None:
+        """Make the round loop raise what the service cannot go on with."""
+        with self._changed:
+            self._fault = fault
             self._changed.notify_all()
 
     def poke(self) -> None:

@@ -58,9 +58,9 @@ class Database:
             (found, *_), *_ = self._connection.execute("PRAGMA quick_check(1)").fetchall()
             if found != "ok":
                 raise sqlite3.DatabaseError(found)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if getattr(error, "sqlite_errorname", "").startswith(_DISK):
-                raise storage_error(path, error) from None
+                raise _storage_error(path, error) from None
             raise CheckpointError(
                 f"{path}: expected the coordinator's database, got: {error}. Restore it, or start in a new directory."
             ) from None
@@ -91,8 +91,8 @@ class Database:
             yield
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InternalError):
             raise  # ours
-        except sqlite3.DatabaseError as error:
-            raise storage_error(self._path, error) from None
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            raise _storage_error(self._path, error) from None
 
     @contextmanager
     def alone(self) -> Iterator[sqlite3.Connection]:
@@ -120,16 +120,8 @@ class Database:
             self._connection.close()
 
 
-def storage_error(path: Path, error: sqlite3.DatabaseError) -> StorageError:
-    """SQLite's error as one of ours.
-
-    Args:
-        path: The database.
-        error: As SQLite raised it.
-
-    Returns:
-        What was expected, what was got, what to do.
-    """
+def _storage_error(path: Path, error: Exception) -> StorageError:
+    """SQLite's error as one of ours."""
     return StorageError(
         f"{path}: expected to read and write the coordinator's database, got: {error}. What was completed is kept: make "
         "room, or restore the disk, and start again with the same output."
