@@ -6,89 +6,34 @@ written ends the run with exit code 1, and a start with room goes on.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
-import os
-import re
+import resource
 import shutil
+import sqlite3
 import subprocess
+import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lamina.protos.errors import ConfigError, LaminaError, StorageError
-from lamina.server import coordinator as coordinators
+from lamina.protos.errors import ConfigError, StorageError
 from lamina.server.store import run_directory
+from lamina.server.store.database import Database
 from tests import deployment
 from tests.deployment import NAMES, in_thread
+from tests.e2e.faults.disks import full_at, served, sites, whole, words_in
 from tests.hostile import eventually
-from tests.runs import same_bits
-
-
-def words_in(folder: Path, *more: str) -> list[str]:
-    spec_file = folder / "spec.json"
-    spec_file.write_text(deployment.spec().to_json())
-    return deployment.words(spec_file, "insecure=true", "wire.heartbeat_s=0.2", *more)
-
-
-@contextlib.contextmanager
-def sites(folder: Path, port: int, names: tuple[str, ...] = NAMES, **more: Any) -> Iterator[list[Any]]:
-    """Agents that stay through whatever the coordinator does."""
-    found = [deployment.agent(name, port, folder / name, **more) for name in names]
-    started = [in_thread(one) for one in found]
-    try:
-        yield started
-    finally:
-        for one in found:
-            one.stop()
-        for thread, _ in started:
-            thread.join(20)
-
-
-def served(path: Path, words: list[str]) -> int | BaseException:
-    """A coordinator from start to end in this thread."""
-    try:
-        return coordinators.serve(deployment.config_of(words), path, lambda *_, **__: None)
-    except LaminaError as error:
-        return error
-
 
 # --- a coordinator's disk that is full ---
 
 
-def full_at(monkeypatch: pytest.MonkeyPatch, pattern: str, time: int) -> list[str]:
-    """The disk is full from the n-th flush of a file of this name on: what was written of it is half there, and says so."""
-    real, hits, once = os.fsync, list[str](), threading.Lock()
-
-    def fsync(descriptor: int) -> None:
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if not re.search(pattern, path):
-            return real(descriptor)
-        with once:
-            hits.append(path)
-            late = len(hits) >= time
-        if not late:
-            return real(descriptor)
-        if os.path.isfile(path):
-            os.truncate(path, os.path.getsize(path) // 2)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    return hits
-
-
 POINTS = {
     "the config": (r"run/\.config\.yaml", 1),
-    "the schema": (r"run/blobs/partial/put-", 1),
     "a release": (r"run/blobs/partial/put-", 3),
     "the names of blobs": (r"run/blobs/[0-9a-f]{2}$", 2),
     "the event log, at first": (r"run/events\.jsonl", 1),
     "a checkpoint's tensors": (r"round-0002.*global", 1),
-    "a checkpoint's state": (r"round-0002.*state", 1),
     "the checkpoint's folder": (r"run/checkpoints$", 2),
     "the adapter": (r"run/adapter", 1),
     "the summary": (r"run/\.?summary", 1),
@@ -120,16 +65,6 @@ def test_a_full_disk_ends_the_run_in_words_and_a_start_with_room_goes_on(tmp_pat
     whole(tmp_path / "run", words)
 
 
-def whole(path: Path, words: list[str], without: tuple[tuple[str, int], ...] = ()) -> None:
-    """The bits of a run without faults, one record a round, and nothing half-written."""
-    assert same_bits(deployment.final(path), deployment.fault_free(words, without=without))
-    assert [record["round"] for record in run_directory.read_records(path)] == [1, 2, 3]
-    for line in (path / "events.jsonl").read_text().splitlines():
-        json.loads(line)
-    assert json.loads((path / "summary.json").read_text())["rounds"] == 3
-    assert not [one for one in path.rglob("*.partial") if one.is_file()]
-
-
 def test_an_upload_waits_for_room(tmp_path: Path) -> None:
     """The site tries again until there is room; the run neither ends nor loses the update."""
     port = deployment.free_port()
@@ -146,6 +81,83 @@ def test_an_upload_waits_for_room(tmp_path: Path) -> None:
         assert served(tmp_path / "run", words) == 0
         helper.join(20)
         assert len(hits) >= 2
+        for thread, _ in started:
+            thread.join(20)
+    whole(tmp_path / "run", words)
+
+
+@pytest.mark.parametrize("pages", [24, 34])
+def test_a_full_database_ends_the_run_in_words(tmp_path: Path, pages: int) -> None:
+    """SQLite's own answer for a full disk, wherever a transaction meets it: at the start, in a site's call, in the round loop."""
+    port = deployment.free_port()
+    words = words_in(tmp_path, f"coordinator.listen=127.0.0.1:{port}", "clients.deadline_s=30")
+    connect = sqlite3.connect
+
+    def small(*given: Any, **named: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*given, **named)
+        connection.execute("PRAGMA page_size=512")
+        connection.execute(f"PRAGMA max_page_count={pages}")
+        return connection
+
+    with sites(tmp_path, port) as started:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(sqlite3, "connect", small)
+            found = served(tmp_path / "run", words)
+        assert isinstance(found, StorageError), found
+        assert "database or disk is full" in str(found)
+        assert "make room" in str(found)
+        assert served(tmp_path / "run", words) == 0
+        for thread, _ in started:
+            thread.join(20)
+    whole(tmp_path / "run", words)
+
+
+def test_a_database_that_fails_in_a_sites_call_ends_the_run_too(tmp_path: Path) -> None:
+    """The round loop would only wait for sites that can never be answered."""
+    port = deployment.free_port()
+    words = words_in(tmp_path, f"coordinator.listen=127.0.0.1:{port}")
+    begin = Database.change
+
+    def change(self: Database) -> Any:
+        if threading.current_thread().name.startswith("port"):
+            raise StorageError("make room")
+        return begin(self)
+
+    with sites(tmp_path, port) as started:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Database, "change", change)
+            assert isinstance(served(tmp_path / "run", words), StorageError)
+        assert served(tmp_path / "run", words) == 0
+        for thread, _ in started:
+            thread.join(20)
+    whole(tmp_path / "run", words)
+
+
+@pytest.mark.parametrize("limit", [24_000, 120_000])
+def test_a_process_that_may_write_no_more(tmp_path: Path, limit: int) -> None:
+    """`lamina coordinator` under a limit on the size of its files, as the kernel enforces it: exit code 1 and no traceback."""
+    port = deployment.free_port()
+    words = words_in(tmp_path, f"coordinator.listen=127.0.0.1:{port}", f"output={tmp_path / 'run'}")
+    command = [sys.executable, "-m", "lamina", "coordinator", "--json", *words]
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    with sites(tmp_path, port) as started:
+        first = subprocess.run(
+            command,
+            env=deployment.environment() | {"PYTHONDONTWRITEBYTECODE": "1"},
+            cwd=deployment.ROOT,
+            preexec_fn=limited,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert "Traceback" not in first.stderr, first.stderr
+        assert first.returncode == 1, first.stderr
+        assert "start again" in first.stderr
+        assert served(tmp_path / "run", words) == 0
         for thread, _ in started:
             thread.join(20)
     whole(tmp_path / "run", words)
