@@ -116,10 +116,9 @@ def test_a_round_that_was_closed_stays_closed(tmp_path: Path) -> None:
         it.same(fault_free(given, without=[("north", 2)]))
 
 
-@pytest.mark.parametrize("strategy", ["residual", "stack"])
-def test_killed_while_an_upload_is_half_written(tmp_path: Path, strategy: str) -> None:
+def killed_in_an_upload(folder: Path, strategy: str) -> None:
     """The restarted coordinator goes on at the byte: what it has is not sent again."""
-    with Scene(tmp_path, [f"strategy={strategy}", *BIG_WORDS], BIG_MODULES) as it:
+    with Scene(folder, [f"strategy={strategy}", *BIG_WORDS], BIG_MODULES) as it:
         link = it.proxy()
         link.stall_after(350_000)
         first = it.coordinator()
@@ -141,8 +140,9 @@ def test_killed_while_an_upload_is_half_written(tmp_path: Path, strategy: str) -
         it.undisturbed()
 
 
-def test_killed_while_a_download_is_half_written(tmp_path: Path) -> None:
-    with Scene(tmp_path, ["strategy=residual", "evaluate.every=3", *BIG_WORDS], BIG_MODULES) as it:
+def killed_in_a_download(folder: Path) -> None:
+    """Likewise the site."""
+    with Scene(folder, ["strategy=residual", "evaluate.every=3", *BIG_WORDS], BIG_MODULES) as it:
         link = it.proxy()
         first = it.coordinator()
         gate = threading.Event()
@@ -154,7 +154,7 @@ def test_killed_while_a_download_is_half_written(tmp_path: Path) -> None:
         gate.set()
 
         def there() -> int:
-            return sum(path.stat().st_size for path in (tmp_path / "north").glob("*/releases/*.part"))
+            return sum(path.stat().st_size for path in (folder / "north").glob("*/releases/*.part"))
 
         until(lambda: there() > 100_000, "half of a release is there")
         deployment.kill(first)
@@ -170,6 +170,11 @@ def test_killed_while_a_download_is_half_written(tmp_path: Path) -> None:
         it.sites_ended()
         it.undisturbed()
         assert north.rounds("refused") + north.rounds("failed") == []
+
+
+def test_killed_while_something_is_half_written(tmp_path: Path) -> None:
+    uploads = {f"upload, {s}": functools.partial(killed_in_an_upload, tmp_path / s, s) for s in ("residual", "stack")}
+    at_once({**uploads, "download": functools.partial(killed_in_a_download, tmp_path / "download")})
 
 
 def killed_again_and_again(folder: Path, strategy: str, seed: int, seconds: float, rounds: int) -> None:
