@@ -104,8 +104,9 @@ def parse(source: bytes | Path, num_bytes: int, known: Mapping[str, Any]) -> tup
     for name, part in header.items():
         if part["dtype"] not in known:
             raise LayoutError(f"got {name} of format {part['dtype']}, not one of {sorted(known)}")
-        if len(part["shape"]) > MAX_DIMENSIONS or any(size > MAX_SIZE for size in part["shape"]):
-            raise LayoutError(f"got {name} of {len(part['shape'])} dimensions, or one too long")
+        # numpy multiplies the lengths although one of them is 0.
+        if len(part["shape"]) > MAX_DIMENSIONS or math.prod(max(1, size) for size in part["shape"]) > MAX_SIZE:
+            raise LayoutError(f"got {name} of {len(part['shape'])} dimensions, or too long ones")
         start, stop = part["data_offsets"]
         dtype = np.dtype(known[part["dtype"]])
         tensors[name] = Tensor(source, dtype, tuple(part["shape"]), 8 + len(head) + start, stop - start)
