@@ -285,6 +285,10 @@ def test_a_database_that_is_gone_or_another_file(ended: Path, tmp_path: Path) ->
     found = opened(path, words)
     assert isinstance(found, CheckpointError)
     assert "expected the coordinator's database" in str(found)
+    content = (ended / "run" / DATABASE).read_bytes()
+    (path / DATABASE).write_bytes(content.replace(b"CREATE TABLE rounds", b"CREATE T\xf4BLE rounds", 1))
+    found = opened(path, words)  # SQLite's own message quotes it and is then no text
+    assert isinstance(found, CheckpointError), found
     (path / DATABASE).unlink()
     found = opened(path, words)
     assert isinstance(found, ConfigError)

@@ -112,6 +112,26 @@ def test_a_full_database_ends_the_run_in_words(tmp_path: Path, pages: int) -> No
     whole(tmp_path / "run", words)
 
 
+def test_a_commit_that_fails_leaves_no_transaction_open(tmp_path: Path) -> None:
+    """As with a disk that is full at that very moment; here a constraint is looked at only then."""
+    database = Database(tmp_path / "db")
+    with database.alone() as connection:
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute("CREATE TABLE child (a REFERENCES facts (name) DEFERRABLE INITIALLY DEFERRED)")
+
+    def write() -> None:
+        with database.change() as connection:
+            connection.execute("INSERT INTO child VALUES ('none such')")
+
+    with pytest.raises(sqlite3.IntegrityError):
+        write()
+    with database.change() as connection:
+        connection.execute("INSERT INTO facts VALUES ('a', 'b')")
+    assert database.rows("SELECT count(*) FROM child") == [(0,)]
+    assert database.fact("a") == "b"
+    database.close()
+
+
 def test_a_database_that_fails_in_a_sites_call_ends_the_run_too(tmp_path: Path) -> None:
     """The round loop would only wait for sites that can never be answered."""
     port = deployment.free_port()
