@@ -74,10 +74,18 @@ class BlobStore:
         return Blob(name, path.stat().st_size, path) if path.is_file() else None
 
     def partial(self, round_number: int, client_id: str, name: str) -> Path:
-        """Where one client's upload of a blob grows."""
+        """Where one client's upload of a blob grows; what it began to upload before is given up."""
         folder = self.root / "partial"
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{round_number}-{client_id}-{name}"
+        stem = f"{round_number}-{client_id}-"
+        for other in folder.iterdir():
+            if other.name[: -len(name)] == stem and not other.name.endswith(name):
+                other.unlink(missing_ok=True)
+        return folder / f"{stem}{name}"
+
+    def drop(self, name: str) -> None:
+        """Delete a blob that nothing names any more."""
+        self._path(name).unlink(missing_ok=True)
 
     def sweep(self, keep: Container[str], first_round: int) -> None:
         """Delete every blob that is not to be kept, and partial uploads for rounds before the first that is."""

@@ -191,6 +191,7 @@ class DeploymentStore(RunDirectory):
                 "late", f"client {client}, round {claim.round}: expected an update before the round closed."
             )
         values = (round_number, client, blob.sha256, blob.num_bytes, received.claim, received.signature, "received")
+        before = self.known(round_number, client)
         with self.db.change() as connection:
             connection.execute("INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", values)
             if received.witness is not None:
@@ -198,6 +199,8 @@ class DeploymentStore(RunDirectory):
                 head = log_record.Head(n, seen)
                 self.log(connection, "countersign", **countersignature(client, head, bytes.fromhex(signature)))
             self.log(connection, "received", round=claim.round, client_id=client, sha256=blob.sha256)
+        if before is not None and not self.db.rows("SELECT 1 FROM updates WHERE sha256 = ?", before[0]):
+            self.blobs.drop(before[0])  # it was rejected; a client could otherwise fill the disk with such
         self.mirror()
 
     def unjudged(self, round_number: int) -> list[Reply]:
