@@ -254,15 +254,16 @@ class Scene:
     words: list[str]
     honest: list[tuple[threading.Thread, list[Any]]]
 
-    def finish(self, *reasons: str) -> None:
-        """End the round; the rejections of the hostile site, and the bits of a run without it."""
+    def finish(self, *reasons: str, perhaps: str = "") -> None:
+        """End the round; the rejections of the hostile site, one perhaps among them, and the bits of a run without it."""
         assert self.running.join() == 0
         for thread, outcome in self.honest:
             thread.join(20)
             assert outcome == [0]
         records = run_directory.read_records(self.running.path)
         for record in records:
-            assert {(one["client_id"], one["reason"]) for one in record["rejections"]} == {(WEST, r) for r in reasons}
+            found = {(one["client_id"], one["reason"]) for one in record["rejections"]}
+            assert found - {(WEST, perhaps)} == {(WEST, reason) for reason in reasons}
         expected = deployment.fault_free(self.words, without=[(WEST, record["round"]) for record in records])
         assert same_bits(deployment.final(self.running.path), expected)
 
@@ -274,10 +275,15 @@ def scene(tmp_path: Path, who: dict[str, Path], words: list[str]) -> Iterator[Sc
 
 
 @contextlib.contextmanager
-def scene_with(tmp_path: Path, who: dict[str, Path], words: list[str], clock: Clock, *more: str) -> Iterator[Scene]:
+def scene_with(
+    tmp_path: Path, who: dict[str, Path], words: list[str], clock: Clock, *more: str, slow_s: float = 0.0
+) -> Iterator[Scene]:
     given_words = deployment.words(tmp_path / "spec.json", *words, "rounds=1", "wire.heartbeat_s=0.3", *more)
     with deployment.coordinator(tmp_path / "run", given_words, clock) as running:
-        honest = [in_thread(deployment.agent(n, running.port, tmp_path / n, who[n])) for n in HONEST]
+        honest = [
+            in_thread(deployment.agent(n, running.port, tmp_path / n, who[n], worker=Synthetic(n, slow_s)))
+            for n in HONEST
+        ]
         west = Hostile(WEST, running.port, who[WEST], tmp_path / "west")
         west.register()
         try:
@@ -357,6 +363,30 @@ def test_a_countersignature_that_is_none_is_left_out(tmp_path: Path, who: dict[s
         log = (scene.running.path / "events.jsonl").read_text().splitlines()
         assert [line for line in log if '"countersign"' in line and '"north"' in line]
         assert not [line for line in log if '"countersign"' in line and '"west"' in line]
+
+
+def test_what_a_site_begins_and_what_is_refused_of_it_does_not_pile_up(
+    tmp_path: Path, who: dict[str, Path], words: list[str]
+) -> None:
+    """Of its uploads one is on the disk, whole or not, however many it begins and however many are refused."""
+    with scene_with(tmp_path, who, words, Clock(), slow_s=2.0) as scene:
+        west, folder = scene.west, scene.running.path / "blobs"
+        asked = west.instruction()
+        for number in range(12):
+            lie = west.claim(asked, b"half" * 500, sha256=f"{number:064x}", num_bytes=5000)
+            assert west.upload(west.statement(st.CLAIM, lie), b"half" * 500) == "ended"
+        assert len(list(folder.glob("partial/1-west-*"))) == 1
+        for number in range(12):
+            content = f"no update {number}".encode() * 50
+
+            def taken(sent: bytes = content) -> bool:  # while the one before is judged, another is a duplicate
+                return west.upload(west.statement(st.CLAIM, west.claim(asked, sent)), sent) == "stored"
+
+            eventually(taken)
+        refused = [path for path in folder.glob("??/*") if path.read_bytes().startswith(b"no update")]
+        assert len(refused) == 1
+        assert not [path for path in folder.glob("partial/1-west-*") if path.stat().st_size]
+        scene.finish("malformed", perhaps="duplicate")
 
 
 def test_the_same_update_twice_is_one_and_another_is_a_duplicate(scene: Scene) -> None:
