@@ -127,7 +127,7 @@ Trained by {summary["clients"]} clients over {summary["rounds"]} rounds with Lam
 - Largest relative distance of a stored aggregate from the exact weighted mean: {aggregation["relative_error"]:.3g}.
 - Differential privacy: {privacy}. Without it, the adapter may reveal training text.
 - Base model, SHA-256 over its float32 weights: `{spec.hashes.get("weights", "unknown")}`.
-- Data: `{config["data"]["source"]}`, partition `{config["partition"]["kind"]}`.
+- Data: {_data(summary, config)}.
 
 ```python
 from peft import PeftModel
@@ -138,6 +138,12 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
     write_atomic(folder / "README.md", card)
+
+
+def _data(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    if summary["eval"]["view"] == "release":
+        return "each site's own, which never left it"
+    return f"`{config['data']['source']}`, partition `{config['partition']['kind']}`"
 
 
 def _figure(value: float | None) -> str:

@@ -31,7 +31,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 def body(run: Run) -> str:
     """Everything inside the page's frame."""
     strategy, cohort = escape(run.get("strategy") or "run"), count(run.get("clients") or 0, "client")
-    origin = (run.get("run_id"), run.config.get("model.source"), run.config.get("data.source"))
+    origin = (run.get("run_id"), *_sources(run))
     where = " · ".join(escape(part) for part in (*origin, f"seed {run.get('seed')}") if part)
     modules = layers.modules(run)
     return (
@@ -42,6 +42,13 @@ def body(run: Run) -> str:
         f"{pair(_errors(run), layers.heat(modules))}{layers.spectra(modules)}"
         f"{_talks(run)}{_rejections(run)}{_details(run)}{_provenance(run)}"
     )
+
+
+def _sources(run: Run) -> tuple[str | None, str | None]:
+    """Base and data; in a deployment both are each site's, and the coordinator's settings for them mean nothing."""
+    if run.get("eval.view") == "release":
+        return "the sites' base", "the sites' own data"
+    return run.config.get("model.source"), run.config.get("data.source")
 
 
 def _lede(run: Run) -> str:
@@ -201,8 +208,7 @@ def _provenance(run: Run) -> str:
         ("directory", run.name),
         ("strategy", run.get("strategy")),
         ("seed", run.get("seed")),
-        ("model", run.config.get("model.source")),
-        ("data", run.config.get("data.source")),
+        *zip(("model", "data"), _sources(run), strict=True),
         ("losses measured on", run.get("eval.view")),
         ("adapter", run.get("adapter")),
         *((f"corpus {key}", value) for key, value in (run.get("corpus") or {}).items()),
