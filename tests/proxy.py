@@ -147,6 +147,8 @@ class Proxy:
         task = self._loop.create_task(self._serve(client))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        # A task that is cancelled before its first step closes nothing itself.
+        task.add_done_callback(lambda _: client.close())
 
     async def _serve(self, client: socket.socket) -> None:
         server = made()

@@ -247,15 +247,17 @@ def test_a_configured_bound_on_the_norm(tmp_path: Path, who: dict[str, Path], wo
 
 @dataclass
 class Scene:
-    """A run of one round in which two sites are slow or honest and the third is hostile."""
+    """A run of one round in which two sites are honest, and perhaps held until `finish`, and the third is hostile."""
 
     running: deployment.Running
     west: Hostile
     words: list[str]
     honest: list[tuple[threading.Thread, list[Any]]]
+    gate: threading.Event
 
     def finish(self, *reasons: str, perhaps: str = "") -> None:
         """End the round; the rejections of the hostile site, one perhaps among them, and the bits of a run without it."""
+        self.gate.set()
         assert self.running.join() == 0
         for thread, outcome in self.honest:
             thread.join(20)
@@ -268,6 +270,17 @@ class Scene:
         assert same_bits(deployment.final(self.running.path), expected)
 
 
+@dataclass
+class Held(Synthetic):
+    """A site that trains once the gate is open."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+
+    def train(self, instruction: Instruction, progress: Callable[[int], None]) -> Trained:
+        assert self.gate.wait(60)
+        return super().train(instruction, progress)
+
+
 @pytest.fixture
 def scene(tmp_path: Path, who: dict[str, Path], words: list[str]) -> Iterator[Scene]:
     with scene_with(tmp_path, who, words, Clock()) as made:
@@ -276,19 +289,23 @@ def scene(tmp_path: Path, who: dict[str, Path], words: list[str]) -> Iterator[Sc
 
 @contextlib.contextmanager
 def scene_with(
-    tmp_path: Path, who: dict[str, Path], words: list[str], clock: Clock, *more: str, slow_s: float = 0.0
+    tmp_path: Path, who: dict[str, Path], words: list[str], clock: Clock, *more: str, held: bool = False
 ) -> Iterator[Scene]:
+    gate = threading.Event()
+    if not held:
+        gate.set()
     given_words = deployment.words(tmp_path / "spec.json", *words, "rounds=1", "wire.heartbeat_s=0.3", *more)
     with deployment.coordinator(tmp_path / "run", given_words, clock) as running:
         honest = [
-            in_thread(deployment.agent(n, running.port, tmp_path / n, who[n], worker=Synthetic(n, slow_s)))
+            in_thread(deployment.agent(n, running.port, tmp_path / n, who[n], worker=Held(n, gate=gate)))
             for n in HONEST
         ]
         west = Hostile(WEST, running.port, who[WEST], tmp_path / "west")
         west.register()
         try:
-            yield Scene(running, west, given_words, honest)
+            yield Scene(running, west, given_words, honest, gate)
         finally:
+            gate.set()
             west.close()
             end(running, who["op"])
 
@@ -369,7 +386,7 @@ def test_what_a_site_begins_and_what_is_refused_of_it_does_not_pile_up(
     tmp_path: Path, who: dict[str, Path], words: list[str]
 ) -> None:
     """Of its uploads one is on the disk, whole or not, however many it begins and however many are refused."""
-    with scene_with(tmp_path, who, words, Clock(), slow_s=2.0) as scene:
+    with scene_with(tmp_path, who, words, Clock(), held=True) as scene:
         west, folder = scene.west, scene.running.path / "blobs"
         asked = west.instruction()
         for number in range(12):
@@ -464,20 +481,21 @@ def test_an_upload_that_stands_still_is_ended(tmp_path: Path, who: dict[str, Pat
         scene.finish("malformed")
 
 
-def test_failures_said_a_thousand_times_count_once(scene: Scene) -> None:
-    west = scene.west
-    asked = west.instruction()
-    about = {"run_id": asked["run_id"], "round": 1, "instruction": "train"}
-    failure = west.statement(st.REPORT, {"kind": "failure", "code": "disk", **about})
-    leave = west.statement(st.REPORT, {"kind": "leave"})
-    for _ in range(30):
-        assert west.call("Report", failure) == "OK"
-        assert west.call("Report", leave) == "OK"
-    scene.finish("failed")
-    (record,) = run_directory.read_records(scene.running.path)
-    assert len(record["rejections"]) == 1
-    log = (scene.running.path / "events.jsonl").read_text()
-    assert log.count('"kind":"leave"') == 1
+def test_failures_said_again_and_again_count_once(tmp_path: Path, who: dict[str, Path], words: list[str]) -> None:
+    with scene_with(tmp_path, who, words, Clock(), held=True) as scene:
+        west = scene.west
+        asked = west.instruction()
+        about = {"run_id": asked["run_id"], "round": 1, "instruction": "train"}
+        failure = west.statement(st.REPORT, {"kind": "failure", "code": "disk", **about})
+        leave = west.statement(st.REPORT, {"kind": "leave"})
+        for _ in range(20):
+            assert west.call("Report", failure) == "OK"
+            assert west.call("Report", leave) == "OK"
+        scene.finish("failed")
+        (record,) = run_directory.read_records(scene.running.path)
+        assert len(record["rejections"]) == 1
+        log = (scene.running.path / "events.jsonl").read_text()
+        assert log.count('"kind":"leave"') == 1
 
 
 TARGETS: list[object] = [5e-324, 0.5, 0, -1, "many", None, 1e300, True]
