@@ -24,10 +24,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from lamina.client.policy import Policy, read
-from lamina.client.preflight import NETWORK, address, plain, preflight
-from lamina.client.terms import shown
-from lamina.protos.errors import ConfigError, IdentityError
+from lamina.protos.errors import ConfigError, IdentityError, one_line
 from lamina.protos.identity import Finding, check, load, require_tls13
+from lamina.protos.preflight import NETWORK, address, plain, preflight
 
 __all__ = [
     "Line",
@@ -371,7 +370,7 @@ def _asked(folder: Path, where: str, now: datetime, timeout_s: float) -> Iterato
         yield Line("FAIL", "keys", str(error), trust=True)
         return
     except grpc.RpcError as error:
-        yield _answer(where, error.code().name, shown(error.details()))
+        yield _answer(where, error.code().name, one_line(error.details() or "").rstrip("."))
         return
     skew = reply.time - now.timestamp()
     if not abs(skew) <= MAX_SKEW_S:
@@ -384,7 +383,7 @@ def _asked(folder: Path, where: str, now: datetime, timeout_s: float) -> Iterato
 def _answer(where: str, code: str, details: str) -> Line:
     """What a call means that gave no time."""
     if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-        told = f"TLS lets this site in, the coordinator does not: {details}. Ask its operator, or enrol anew."
+        told = f"TLS lets this site in, the coordinator does not: {details}. Ask its operator, or enroll anew."
         return Line("FAIL", "accepted", told, trust=True)
     if code == "UNIMPLEMENTED":
         return Line("FAIL", "reach", f"{where} speaks gRPC, but is no coordinator. Take the coordinator's port.")

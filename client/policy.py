@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lamina.client.terms import HASH, expected_got, malformed, number, shown, whole
-from lamina.protos.config import TrainConfig
-from lamina.protos.errors import ConfigError, PolicyRefused, nearest
+from lamina.client.terms import HASH, expected_got, malformed, number, whole
+from lamina.protos.config import EvaluateConfig, TrainConfig
+from lamina.protos.errors import ConfigError, PolicyRefused, nearest, shown
 
 TASKS = ("causal-lm", "sequence-classification")
 MODES = ("none", "client-dp", "example-dp")  # from the weakest for the site to the strongest

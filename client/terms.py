@@ -14,7 +14,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from lamina.protos.config import Config
-from lamina.protos.errors import nearest
+from lamina.protos.errors import nearest, shown
 
 PROTOCOL = 1
 VIEWS = ("own", "aggregate", "all_raw")
@@ -112,27 +112,6 @@ def expected_got(where: str, expected: str, got: Any, then: str = "") -> str:
         One line.
     """
     return f"{where}: expected {expected}, got {shown(got)}. {then or 'Ask the operator of the coordinator.'}"
-
-
-def shown(value: Any) -> str:
-    """A value for a message: short, on one line, without characters that a terminal would obey.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        At most about 100 characters.
-    """
-    if value is None:
-        return "nothing"
-    if isinstance(value, str):
-        return repr(value) if len(value) <= 80 else f"{value[:80]!r}… of {len(value)} characters"
-    if isinstance(value, int) and abs(value) > _MAX_INTEGER:
-        return f"a number of {value.bit_length()} bits"
-    if isinstance(value, bool | int | float):
-        return repr(value)
-    size = f" of {len(value)}" if isinstance(value, list | tuple | dict | bytes) else ""
-    return f"a {type(value).__name__}{size}"
 
 
 def whole(value: Any, lowest: int) -> bool:

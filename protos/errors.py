@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class LaminaError(Exception):
@@ -100,3 +101,38 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short, on one line, without characters that a terminal would obey.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        At most about 100 characters.
+    """
+    if value is None:
+        return "nothing"
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 80 else f"{value[:80]!r}… of {len(value)} characters"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, bool | int | float):
+        return repr(value)
+    size = f" of {len(value)}" if isinstance(value, list | tuple | dict | bytes) else ""
+    return f"a {type(value).__name__}{size}"
+
+
+def one_line(text: str, most: int = 300) -> str:
+    """What another machine said, for a message: on one line, without characters that a terminal would obey.
+
+    Args:
+        text: Anything.
+        most: Characters that are kept.
+
+    Returns:
+        The text, with an ellipsis where it was cut.
+    """
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return flat if len(flat) <= most else f"{flat[:most].rstrip()}…"

@@ -13,8 +13,9 @@ import grpc
 from lamina.protos import coordinator_pb2 as pb
 from lamina.protos import identity as identities
 from lamina.protos.clock import SYSTEM
-from lamina.protos.errors import ConfigError, IdentityError, LaminaError
+from lamina.protos.errors import ConfigError, IdentityError, LaminaError, one_line
 from lamina.protos.link import Address, Link, Unreachable, check_exposed
+from lamina.protos.preflight import NETWORK, plain, preflight
 
 
 class Remote:
@@ -87,7 +88,10 @@ def dialled(target: str, folder: str, insecure: bool, role: str) -> Iterator[Rem
     identity = None
     if not insecure:
         if not folder:
-            raise IdentityError("identity: expected the folder with an operator's certificate. Set identity=DIR.")
+            raise IdentityError(
+                "identity=DIR is missing: expected the folder with an operator's or auditor's certificate, from "
+                "`lamina pki enroll`."
+            )
         wrong = [one.message for one in identities.check(Path(folder), SYSTEM.now(), None) if not one.ok]
         if wrong:
             raise IdentityError("\n".join(wrong))
@@ -96,16 +100,25 @@ def dialled(target: str, folder: str, insecure: bool, role: str) -> Iterator[Rem
     try:
         yield Remote(link)
     except Unreachable as error:
-        words = f"identity={folder}" if folder else "insecure=true"
-        got = str(error).rstrip(".")
-        raise Unreachable(
-            f"{target}: expected a running coordinator, got {got}. `lamina doctor {words} coordinator={target}` says why. "
-            "One that has finished is gone after coordinator.linger_s; its run directory is where it ran."
-        ) from None
+        raise _explained(target, None if insecure else Path(folder), error) from None
     except grpc.RpcError as error:
         raise LaminaError(f"{target}: {error}") from None
     finally:
         link.close()
+
+
+def _explained(target: str, folder: Path | None, error: Unreachable) -> LaminaError:
+    """Why a coordinator was not reached, in the words of `lamina doctor`."""
+    looked = plain(target) if folder is None else preflight(folder, target, SYSTEM.now(), None)
+    wrong = [one for one in looked if not one.ok]
+    trust = [one.message for one in wrong if one.what not in NETWORK]
+    if trust:
+        return IdentityError("\n".join(trust))
+    got = wrong[0].message.removeprefix(f"{target}: ") if wrong else one_line(str(error))
+    return Unreachable(
+        f"{target}: expected a running coordinator, got: {got} One that has finished is gone after coordinator.linger_s; "
+        "its run directory is where it ran."
+    )
 
 
 def shown(found: Any) -> str:

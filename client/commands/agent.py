@@ -66,10 +66,10 @@ def main(command: str, words: Sequence[str]) -> int:
     from lamina.client import policy as policies
     from lamina.client.agent import Agent, Superseded
     from lamina.client.listening import Settings
-    from lamina.client.preflight import NETWORK, preflight
     from lamina.protos import identity as identities
     from lamina.protos.link import Address, check_exposed
     from lamina.protos.logs import json_log, plain_log
+    from lamina.protos.preflight import NETWORK, preflight
 
     log = plain_log() if sys.stderr.isatty() and not as_json else json_log(SYSTEM.now)
     policy = policies.read(Path(config.client.policy) if config.client.policy else None)

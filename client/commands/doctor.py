@@ -8,10 +8,11 @@ from pathlib import Path
 
 from lamina.client import doctor
 from lamina.client.doctor import Line
-from lamina.client.preflight import address
 from lamina.protos.clock import SYSTEM
 from lamina.protos.config import ClientConfig
 from lamina.protos.errors import ConfigError
+from lamina.protos.identity import list_of
+from lamina.protos.preflight import address
 from lamina.protos.words import flag, parsed
 
 _HELP = """\

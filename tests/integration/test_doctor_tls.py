@@ -18,10 +18,14 @@ import grpc
 import pytest
 
 from lamina.client.doctor import Line, coordinator, exit_code
-from lamina.client.preflight import NETWORK, plain, preflight
 from lamina.protos import coordinator_pb2, coordinator_pb2_grpc
+from lamina.protos.errors import LaminaError
 from lamina.protos.identity import Finding
+from lamina.protos.identity import authority as pki
 from lamina.protos.identity.authority import Authority, listener_pair
+from lamina.protos.identity.site import accept, prepare
+from lamina.protos.preflight import NETWORK, plain, preflight
+from lamina.server import operate
 from tests.consortium import enrolled, new_ca
 
 NOW = datetime.now(UTC)
@@ -337,12 +341,12 @@ def test_the_way_there_is_explained(site: Path, monkeypatch: pytest.MonkeyPatch,
 class Hub(GENERATED.CoordinatorServicer):  # type: ignore[misc]
     """A coordinator that only gives a sign of life."""
 
-    def __init__(self, ahead_s: float = 0.0, refusal: Any = None) -> None:
-        self.ahead_s, self.refusal = ahead_s, refusal
+    def __init__(self, ahead_s: float = 0.0, refusal: Any = None, why: str = "certificate 5f was revoked") -> None:
+        self.ahead_s, self.refusal, self.why = ahead_s, refusal, why
 
     def Heartbeat(self, request: Any, context: Any) -> Any:
         if self.refusal is not None:
-            context.abort(self.refusal, "certificate 5f was revoked")
+            context.abort(self.refusal, self.why)
         return coordinator_pb2.HeartbeatReply(time=time.time() + self.ahead_s)
 
 
@@ -417,4 +421,42 @@ def test_grpc_without_certificates(hub: Path) -> None:
     with grpc_serving(None, Hub()) as where:
         assert all(one.ok for one in plain(where))
     with grpc_serving(hub, Hub()) as where:
-        assert failure(plain(where, timeout_s=1.0)).what == "reach"
+        found = failure(plain(where, timeout_s=5.0))
+    assert found.what == "reach"
+    assert "Take identity=DIR in place of insecure=true" in found.message
+
+
+# --- the same words for operators
+
+
+def test_what_an_operator_is_told(ca: Authority, site: Path, hub: Path, tmp_path: Path) -> None:
+    olga = str(enrolled(ca, tmp_path / "olga", "olga-again", "operator", NOW))
+
+    def told(where: str, folder: str, insecure: bool = False) -> LaminaError:
+        with pytest.raises(LaminaError) as caught, operate.dialled(where, folder, insecure, "operator") as remote:
+            remote.status()
+        return caught.value
+
+    invite = pki.invite(ca, "far", "coordinator", ["hub.example.org"], NOW)
+    accept(tmp_path / "far", pki.fulfil(ca, prepare(tmp_path / "far", invite, NOW), NOW), invite, NOW)
+    with grpc_serving(tmp_path / "far", Hub()) as where:
+        other = told(where, olga)
+    assert other.exit_code == 5
+    assert "expected a certificate for localhost, got one for hub.example.org" in str(other)
+    with grpc_serving(hub, Hub()) as where:
+        bare = told(where, "", insecure=True)
+    assert bare.exit_code == 3
+    assert "Take identity=DIR in place of insecure=true" in str(bare)
+    gone = told(where, olga)
+    assert gone.exit_code == 3
+    assert "the host refuses the connection: nothing listens on this port" in str(gone)
+    assert "is gone after coordinator.linger_s" in str(gone)
+    assert "identity=DIR is missing" in str(told(where, ""))
+
+
+def test_a_refusal_is_told_whole(site: Path, hub: Path) -> None:
+    said = "expected a certificate of role client, got auditor. " + "Ask the one who gave it out. " * 5
+    line, _ = asked(site, Hub(refusal=grpc.StatusCode.PERMISSION_DENIED, why=said + "\x1b[31m\n"), hub)
+    assert said.strip() in line.message
+    assert "\x1b" not in line.message
+    assert "\n" not in line.message

@@ -19,7 +19,7 @@ import pytest
 from lamina.client import doctor
 from lamina.client.commands.doctor import main
 from lamina.client.doctor import Line, exit_code
-from lamina.client.preflight import address
+from lamina.protos.preflight import address
 from lamina.protos.errors import ConfigError
 from tests.consortium import NOW, enrolled, new_ca
 

@@ -17,7 +17,7 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from lamina.client.preflight import preflight
+from lamina.protos.preflight import preflight
 from lamina.protos import coordinator_pb2 as pb
 from lamina.protos import identity as identities
 from lamina.protos import statements as st

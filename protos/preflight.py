@@ -17,8 +17,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from lamina.client.terms import shown
-from lamina.protos.errors import ConfigError, IdentityError
+from lamina.protos.errors import ConfigError, IdentityError, shown
 from lamina.protos.identity import Finding, check, peer_of
 from lamina.protos.identity.certificates import (
     RESERVED_SUFFIX,
@@ -52,6 +51,8 @@ _CLOSED = (
     "closes the connection at once, as gRPC does with a certificate that it does not accept; compare the CA's fingerprint, the"
     " dates and the clocks with its operator"
 )
+
+_TLS = "answers with TLS, so it has a certificate. Take identity=DIR in place of insecure=true."
 
 
 class _NotReachedError(Exception):
@@ -119,8 +120,16 @@ def plain(coordinator: str, *, timeout_s: float = 5.0) -> list[Finding]:
         with _connected(host, port, timeout_s) as connection, _explained():
             _settled(connection)
     except _NotReachedError as error:
-        return [Finding(False, "reach", f"{coordinator}: {error}")]
+        told = _TLS if _speaks_tls(host, port, timeout_s) else str(error)
+        return [Finding(False, "reach", f"{coordinator}: {told}")]
     return [Finding(True, "reach", f"{coordinator} answers, without TLS.")]
+
+
+def _speaks_tls(host: str, port: int, timeout_s: float) -> bool:
+    try:
+        return bool(_presented(host, port, timeout_s))
+    except _NotReachedError:
+        return False
 
 
 def address(key: str, text: str) -> tuple[str, int]:
