@@ -6,16 +6,17 @@ import hashlib
 import math
 from collections.abc import Sequence
 
-from lamina.client.data import Row, load_rows
+from lamina.client.data import Row, load_rows, text_columns
 from lamina.protos.config import DataConfig
 
 
-def parts(rows: Sequence[Row], data: DataConfig) -> tuple[list[Row], list[Row], list[Row]]:
+def parts(rows: Sequence[Row], data: DataConfig, task: str) -> tuple[list[Row], list[Row], list[Row]]:
     """One site's train, tune and test rows, as `data.holdout` says.
 
     Args:
         rows: The site's.
-        data: `holdout` is a share, or a file of test rows.
+        data: Columns; `holdout` is a share, or a file of test rows.
+        task: `causal-lm` or `sequence-classification`.
 
     Returns:
         (train, tune, test).
@@ -24,8 +25,8 @@ def parts(rows: Sequence[Row], data: DataConfig) -> tuple[list[Row], list[Row], 
         DataError: If the file of test rows cannot be read.
     """
     if is_number(data.holdout):
-        return split(rows, float(data.holdout))
-    train, tune, rest = split(rows, 0.1)
+        return split(rows, float(data.holdout), text_columns(data, task))
+    train, tune, rest = split(rows, 0.1, text_columns(data, task))
     return [*train, *rest], tune, load_rows(data.holdout, data)
 
 
@@ -45,17 +46,20 @@ def is_number(text: str) -> bool:
     return True
 
 
-def split(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row], list[Row]]:
+def split(rows: Sequence[Row], share: float, columns: Sequence[str]) -> tuple[list[Row], list[Row], list[Row]]:
     """Train, tune and test rows, by the hash of each row, so that a row stays where it is when others come or go nearby.
+
+    Only columns that are read count: the same text is split in the same way, whatever lies beside it.
 
     Args:
         rows: One silo's rows.
         share: Of the rows for test, and again for tune.
+        columns: By which a row is known.
 
     Returns:
         (train, tune, test); test gets at least one row where there are two, tune where there are three.
     """
-    ordered = sorted(range(len(rows)), key=lambda i: (_hash(rows[i]), i))
+    ordered = sorted(range(len(rows)), key=lambda i: (_hash(rows[i], columns), i))
     held = max(1, math.floor(share * len(rows))) if len(rows) >= 2 else 0
     tuned = held if len(rows) >= 3 else 0
     test, tune = set(ordered[:held]), set(ordered[held : held + tuned])
@@ -66,6 +70,6 @@ def split(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row], list
     )
 
 
-def _hash(row: Row) -> str:
-    content = repr(sorted((str(key), repr(value)) for key, value in row.items()))
+def _hash(row: Row, columns: Sequence[str]) -> str:
+    content = repr(sorted((column, repr(row.get(column))) for column in columns))
     return hashlib.sha256(content.encode(errors="replace")).hexdigest()

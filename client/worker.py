@@ -104,8 +104,9 @@ class SiteWorker:
             )
             self._base, self._loaded = load_base(options), key
         mine = self._base.spec
-        for what, wanted in spec.hashes.items():
-            if mine.hashes.get(what) != wanted:
+        for what in dict.fromkeys(("weights", *spec.hashes)):
+            wanted = spec.hashes.get(what)
+            if wanted is None or mine.hashes.get(what) != wanted:
                 raise AdapterMismatch(
                     f"model.source={config.model.source}: expected the {what} with SHA-256 {str(wanted)[:12]}… that the run is "
                     f"about, got {str(mine.hashes.get(what))[:12]}…. Give the base that `lamina spec` was run on."
@@ -124,7 +125,7 @@ class SiteWorker:
         self._say(f"reading {data.source}")
         rows = load_rows(data.source, data)
         check_columns(rows, columns, f"data.source={data.source}")
-        train, tune, test = parts(rows, data)
+        train, tune, test = parts(rows, data, config.task)
         held_rows = tune if config.evaluate.split == "tune" else test
         encoder = Encoder(base.tokenizer, data, config.task, spec.labels, config.train.max_length)
         examples = examples_of(encoder, train, data.source, "train")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lamina.client.data import FILE_COLUMN, Row
+from lamina.client.data import FILE_COLUMN, Row, text_columns
 from lamina.client.split import split
 from lamina.protos import seeds
 from lamina.protos.config import Config
@@ -49,16 +49,16 @@ def deal(rows: Sequence[Row], test_rows: Sequence[Row] | None, config: Config) -
         ConfigError: If the partition cannot be made of these rows.
         DataError: If a silo is empty or too small.
     """
-    column = class_column(rows, config)
+    column, known_by = class_column(rows, config), _known_by(config)
     names, parts = _partition(rows, column, config)
     tests = None if test_rows is None else _partition_test(test_rows, rows, parts, column, config)
     silos = []
     for index, (name, part) in enumerate(zip(names, parts, strict=True)):
         mine = [rows[row] for row in part]
         if tests is None:
-            train, tune, test = split(mine, float(config.data.holdout))
+            train, tune, test = split(mine, float(config.data.holdout), known_by)
         else:
-            train, tune, rest = split(mine, 0.1)
+            train, tune, rest = split(mine, 0.1, known_by)
             train, test = [*train, *rest], [test_rows[row] for row in tests[index]] if test_rows else []
         if len(train) < config.partition.min_examples or not test:
             raise DataError(
@@ -105,7 +105,7 @@ def _partition(rows: Sequence[Row], column: str, config: Config) -> tuple[list[s
     rng = seeds.stream(config.seed, "partition")
     numbers = [str(index) for index in range(count)]
     if kind == "natural":
-        return _natural(rows, column, count)
+        return _natural(rows, column, config)
     if kind == "iid":
         order = rng.permutation(len(rows))
         return numbers, [sorted(int(i) for i in part) for part in np.array_split(order, count)]
@@ -125,10 +125,18 @@ def _partition(rows: Sequence[Row], column: str, config: Config) -> tuple[list[s
     return numbers, [sorted(part) for part in parts]
 
 
-def _natural(rows: Sequence[Row], column: str, count: int) -> tuple[list[str], list[list[int]]]:
-    classes = _by_class(rows, column)
+def _known_by(config: Config) -> list[str]:
+    """The columns by which a row is known, as at a site; of the standard library also the package."""
+    return text_columns(config.data, config.task) + [SILO_COLUMN] * (config.data.source == "stdlib")
+
+
+def _natural(rows: Sequence[Row], column: str, config: Config) -> tuple[list[str], list[list[int]]]:
+    classes, count, names = _by_class(rows, column), config.clients.count, config.clients.names
+    if names and classes.keys() >= set(names):  # each silo to the client of its name
+        return list(names), [classes[name] for name in names]
+    known_by = _known_by(config)
     sizes = {
-        name: sum(len(str(value)) for i in members for value in rows[i].values()) for name, members in classes.items()
+        name: sum(len(str(rows[i].get(one))) for i in members for one in known_by) for name, members in classes.items()
     }
     largest = sorted(classes, key=lambda name: (-sizes[name], name))
     if len(largest) < count:

@@ -141,7 +141,7 @@ def test_a_test_file_leaves_no_training_row_unused() -> None:
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.4])
 def test_split_covers_and_keeps_its_shares(size: int, share: float) -> None:
     rows = made_rows(size)
-    train, tune, test = split(rows, share)
+    train, tune, test = split(rows, share, ["text"])
     assert sorted(ids(train) + ids(tune) + ids(test)) == list(range(size))
     assert len(test) == max(1, int(share * size))
     assert len(train) >= 1
@@ -150,8 +150,45 @@ def test_split_covers_and_keeps_its_shares(size: int, share: float) -> None:
 
 def test_equal_rows_are_still_split_each_once() -> None:
     rows = [{"text": "same"}] * 10
-    train, tune, test = split(rows, 0.2)
+    train, tune, test = split(rows, 0.2, ["text"])
     assert (len(train), len(tune), len(test)) == (6, 2, 2)
+
+
+def texts_of(silo: Silo) -> list[list[str]]:
+    return [[row["text"] for row in part] for part in (silo.train, silo.tune, silo.test)]
+
+
+def test_columns_that_are_not_read_do_not_change_a_split() -> None:
+    # At a site the rows have their text alone; where the rehearsal reads them all, a column says whose they are.
+    rows = made_rows(40)
+    (silo,) = deal([{**row, "hospital": "north"} for row in rows], None, named("north"))
+    alone = split([{"text": row["text"]} for row in rows], 0.1, ["text"])
+    assert texts_of(silo) == [[row["text"] for row in part] for part in alone]
+
+
+def test_rows_of_the_standard_library_are_known_by_their_package_too() -> None:
+    # Published figures are of this split.
+    rows = [{"text": row["text"], "silo": row["label"]} for row in made_rows(40, classes=1)]
+    wanted = named("c0")
+    wanted.partition.column, wanted.data.source = "silo", "stdlib"
+    (silo,) = deal(rows, None, wanted)
+    parts = split(rows, 0.1, ["silo", "text"])
+    assert texts_of(silo) == [[row["text"] for row in part] for part in parts]
+    assert texts_of(silo) != [[row["text"] for row in part] for part in split(rows, 0.1, ["text"])]
+
+
+def named(*names: str) -> Config:
+    made = config("natural", count=len(names))
+    made.data.source, made.partition.column, made.clients.names = "all.jsonl", "hospital", list(names)
+    return made
+
+
+def test_a_silo_goes_to_the_client_of_its_name() -> None:
+    sizes = {"north": 3, "south": 9, "west": 6, "east": 20}
+    rows = [{"text": f"{name} {i}", "hospital": name} for name, size in sizes.items() for i in range(size)]
+    assert [silo.name for silo in deal(rows, None, named("west", "north", "south"))] == ["west", "north", "south"]
+    # Names that are no silos say nothing of whose the rows are.
+    assert [silo.name for silo in deal(rows, None, named("a", "b"))] == ["east", "south"]
 
 
 def test_too_few_silos_says_how_many_there_are() -> None:
