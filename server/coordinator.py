@@ -92,8 +92,11 @@ def _serve(config: Config, path: Path, log: Log, clock: Clock, ready: Callable[[
     started = time.monotonic()
     opened = open_run(config, path, log, clock)
     run = opened.run
-    server, number, _ = listen(run, opened.identity)
+    server, number, _ = listen(run, opened.identity, log)
     log("listening", port=number, run_id=run.campaign.run_id, insecure=config.insecure or None, output=str(path))
+    first = 1 + (opened.resumed.state.round if opened.resumed else 0)
+    if first <= run.campaign.rounds and run.store.db.rows("SELECT 1 FROM rounds"):
+        log("continues", round=first)
     metrics = Metrics(
         live=lambda: len(run.roster.heard(3 * config.wire.heartbeat_s)), uploading=lambda: float(run.live.uploads)
     )

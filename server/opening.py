@@ -31,6 +31,16 @@ from lamina.server.store.database import Database, set_fact
 from lamina.server.store.deployment import DeploymentStore
 
 DATABASE = "coordinator.sqlite"
+# Record of the event log -> what the coordinator's own log calls it, and the fields that it tells.
+_TOLD: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "register": ("registered", ("client_id", "rank")),
+    "leave": ("left", ("client_id",)),
+    "pause": ("paused", ("by",)),
+    "unpause": ("resumed", ("by",)),
+    "stop": ("stopping", ("by", "now")),
+    "round": ("opened", ("round", "asked")),
+    "reject": ("rejected", ("round", "client_id", "reason")),
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,7 @@ def open_run(config: Config, path: Path, log: Log, clock: Clock) -> Opened:
         clock=clock,
         sign=_head_signer(identity),
         carry_rounds=config.clients.carry_rounds,
+        told=_mirrored(log),
     )
     with db.alone() as connection:
         events.reconcile(connection, path / events.FILE_NAME)
@@ -110,6 +121,17 @@ def open_run(config: Config, path: Path, log: Log, clock: Clock) -> Opened:
     )
     resumed = _resumed(store, campaign, log) if known else None
     return Opened(run, identity, resumed)
+
+
+def _mirrored(log: Log) -> Callable[[Mapping[str, Any]], None]:
+    """Repeats in the coordinator's own log what a person waits for."""
+
+    def told(record: Mapping[str, Any]) -> None:
+        event, fields = _TOLD.get(record["kind"], ("", ()))
+        if event:
+            log(event, **{"client" if name == "client_id" else name: record["fields"][name] for name in fields})
+
+    return told
 
 
 def _identity(config: Config, clock: Clock) -> tuple[Identity | None, Access]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,10 +12,16 @@ import grpc
 
 from lamina.protos import coordinator_pb2 as pb
 from lamina.protos import identity as identities
+from lamina.protos.blobs import Blob
 from lamina.protos.clock import SYSTEM
 from lamina.protos.errors import ConfigError, IdentityError, LaminaError, one_line
-from lamina.protos.link import Address, Link, Unreachable, check_exposed
+from lamina.protos.link import DATA_LOSS, Address, Link, Refused, Unreachable, check_exposed
 from lamina.protos.preflight import NETWORK, plain, preflight
+from lamina.protos.words import flag
+
+# A file that is gone, or another version, since it was listed: as many lists are asked for, each within so long.
+_CHANGED = (DATA_LOSS, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.OUT_OF_RANGE)
+_TRIES, _LIST_S = 5, 600.0
 
 
 class Remote:
@@ -46,17 +52,29 @@ class Remote:
         return json.loads(self._link.call("Stop", pb.StopRequest(now=now)).json)
 
     def fetch(self, output: Path) -> Any:
-        """Fetch every file that may be, each from the byte where an earlier fetch broke off."""
-        listed = json.loads(self._link.call("ListFiles", pb.FilesRequest()).json)
-        for one in listed:
-            path = output / _inside(one["name"])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".part")
-            with partial.open("ab") as file:
-                for part in self._link.stream("Fetch", pb.FetchRequest(name=one["name"], offset=file.tell())):
-                    file.write(part.data)
-            partial.replace(path)
-        return {"output": str(output), "files": len(listed), "num_bytes": sum(one["num_bytes"] for one in listed)}
+        """Fetch every file that may be, each from the byte where an earlier fetch broke off, as it was when it was listed."""
+        for _ in range(_TRIES):
+            listed = json.loads(self._link.call("ListFiles", pb.FilesRequest(), _LIST_S).json)
+            if all([self._fetched(output, **one) for one in listed]):
+                num_bytes = sum(one["num_bytes"] for one in listed)
+                return {"output": str(output), "files": len(listed), "num_bytes": num_bytes}
+        raise LaminaError(
+            f"{output}: expected files that stay as they are while they are fetched, but {_TRIES} times the run went on and "
+            "changed some. What came is kept: fetch again."
+        )
+
+    def _fetched(self, output: Path, name: str, num_bytes: int, sha256: str) -> bool:
+        """Whether a file is here as it was listed; not so where it has changed since, or the connection broke."""
+        path = output / _inside(name)
+        try:
+            self._link.fetch(name, Blob(sha256, num_bytes, path), path)
+        except Unreachable:
+            return False
+        except Refused as error:
+            if error.code not in _CHANGED:
+                raise
+            return False
+        return True
 
 
 def _inside(name: str) -> str:
@@ -121,47 +139,96 @@ def _explained(target: str, folder: Path | None, error: Unreachable) -> LaminaEr
     )
 
 
-def shown(found: Any) -> str:
+def shown(found: Any, before: Any = None) -> str:
     """A status or a result for reading.
 
     Args:
         found: As a program gets it.
+        before: The status that was shown last; what is the same is left out.
 
     Returns:
         Lines.
     """
     if "clients" not in found:
         return "\n".join(f"{key}: {value}" for key, value in found.items())
-    loss = "-" if found["loss"] is None else f"{found['loss']:.4f}"
-    lines = [
-        f"run {found['run_id']}: {found['state']}, round {found['round']} of {found['rounds']}, held-out loss {loss}, "
-        f"{found['rejections']} rejections in this round",
-        f"{'client':<20} {'rank':>4}  {'heard of':>10}  now",
-    ]
-    for client in found["clients"]:
-        silent = "never" if client["silent_s"] is None else f"{client['silent_s']:.0f} s ago"
-        at = "answered" if client["answered"] else client["asked"] or "waits"
-        if client["training_round"] and not client["answered"]:
-            at = f"trains round {client['training_round']}, step {client['step']}"
-        lines.append(
-            f"{client['client_id']:<20} {client['rank']:>4}  {silent:>10}  {at if client['registered'] else 'left'}"
-        )
-    if found.get("revocations", "in force") != "in force":
-        lines.append(f"revocations: {found['revocations']} The last good list is in force.")
+    known = {} if before is None else {one["client_id"]: _at(before, one) for one in before["clients"]}
+    lines = [] if before and _stand(before) == _stand(found) else [_stand(found)]
+    if found["clients"] and not known:
+        lines.append(f"{'client':<20} {'rank':>4}  {'heard of':>10}  now")
+    for one in found["clients"]:
+        silent, at = one["silent_s"], _at(found, one)
+        if known.get(one["client_id"]) != at:
+            heard = "never" if silent is None else f"{silent:.0f} s ago"
+            lines.append(f"{one['client_id']:<20} {one['rank']:>4}  {heard:>10}  {at}")
+    fault = found["revocations"]
+    if fault != "in force" and fault != (before or {}).get("revocations"):
+        lines.append(f"revocations: {fault} The last good list is in force.")
     return "\n".join(lines)
 
 
-def watched(document: Any) -> str:
+def _stand(found: Any) -> str:
+    """The run in a line."""
+    if not found["clients"] and found["state"] != "stopped":
+        waits = f"no site has registered yet; waiting for {found['clients_to_start']}"
+        return f"run {found['run_id']}: {found['state']}, {waits}"
+    opened = found["round_open"] and found["state"] not in ("finished", "stopped")
+    said = [f"round {found['round']} of {found['rounds']}" if opened else _done(found)]
+    if found["loss"] is not None:
+        said.append(f"held-out loss {found['loss']:.4f}")
+    if opened:
+        said.append(f"{found['rejections']} rejections in this round")
+    return f"run {found['run_id']}: {found['state']}, {', '.join(said)}"
+
+
+def _done(found: Any) -> str:
+    return f"{found['rounds_done']} of {found['rounds']} rounds done"
+
+
+def _at(found: Any, client: Any) -> str:
+    """What a client is at."""
+    if not client["registered"]:
+        return "has left"
+    if found["state"] in ("finished", "stopped"):
+        return "-"
+    if client["asked"] == "evaluate":
+        return "evaluates"
+    if client["asked"]:
+        step = f", step {client['step']} of {found['steps']}" if client["step"] else ""
+        return f"trains round {client['training_round']}{step}"
+    return "has answered" if client["answered"] else "waits"
+
+
+def ordered(command: str, settings: Mapping[str, str], found: Any) -> str:
+    """What an operator's command does, in a sentence.
+
+    Args:
+        command: `pause` or `stop`.
+        settings: What was asked.
+        found: The status after it.
+
+    Returns:
+        A line.
+    """
+    if command == "pause" and flag(settings, "resume"):
+        return "resumed; the next round is opened when enough sites are there"
+    if command == "stop" and flag(settings, "now"):
+        return "stopping at once; the adapter so far is written"
+    then = f"round {found['round']} is finished first" if found["round_open"] else "no further round is opened"
+    return f"{'paused' if command == 'pause' else 'stopping'}; {then}"
+
+
+def watched(document: Any, before: Any = None) -> str:
     """One thing that `watch` gives, for reading.
 
     Args:
         document: A record or a status.
+        before: The status that was shown last.
 
     Returns:
-        A line, or several.
+        A line, or several, or none.
     """
     if "record" not in document:
-        return shown(document["status"])
+        return shown(document["status"], before)
     record = document["record"]
     loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
     return (

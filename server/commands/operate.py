@@ -16,7 +16,7 @@ _COMMON = """\
   insecure=true    without certificates, for a coordinator on 127.0.0.1 that runs so
   --json           for programs
 
-exit codes: 0 done, 2 no such thing, 3 not reached, 5 not allowed"""
+exit codes: 0 done, 2 no such thing or the run is over, 3 not reached, 5 not allowed"""
 _HELP: Mapping[str, str] = {
     "status": f"""\
 usage: lamina status HOST:PORT identity=DIR [--json]
@@ -31,14 +31,14 @@ examples:
     "watch": f"""\
 usage: lamina watch HOST:PORT identity=DIR [--json]
 
-Follows a run: a line a round, and who is at what in between, until the run ends.
+Follows a run: a line a round, and in between what has changed, until the run ends.
 
 examples:
   lamina watch coordinator.example.org:8443 identity=identity/auditor
 
 {_COMMON}""",
     "pause": f"""\
-usage: lamina pause HOST:PORT identity=DIR [resume=true]
+usage: lamina pause HOST:PORT identity=DIR [resume=true] [--json]
 
 Finishes the open round and opens no other, until `resume=true`. A pause outlives a restart of the coordinator.
 
@@ -48,16 +48,17 @@ examples:
 
 {_COMMON}""",
     "stop": f"""\
-usage: lamina stop HOST:PORT identity=DIR [now=true]
+usage: lamina stop HOST:PORT identity=DIR [now=true] [--json]
 
 Ends the run after the open round, or at once, and has the coordinator write adapter, summary and report.
 
 examples:
   lamina stop coordinator.example.org:8443 identity=identity/operator
+  lamina stop coordinator.example.org:8443 identity=identity/operator now=true
 
 {_COMMON}""",
     "fetch": f"""\
-usage: lamina fetch HOST:PORT identity=DIR output=DIR
+usage: lamina fetch HOST:PORT identity=DIR output=DIR [--json]
 
 Fetches the run's files: records, event log, and the adapter; while the run goes on that of the last round, under latest/.
 Auditors also get the updates that were kept (keep_updates=true). Goes on where an earlier fetch broke off.
@@ -84,17 +85,21 @@ def main(command: str, words: Sequence[str]) -> int:
         return 0
     as_json = "--json" in words
     more = {"pause": {"resume": "false"}, "stop": {"now": "false"}, "fetch": {"output": ""}}.get(command, {})
-    known = {"identity": "", "insecure": "false", "role": "operator", **more}
+    known = {"identity": "", "insecure": "false", **more}
     plain, settings = parsed([word for word in words if word != "--json"], known)
     if len(plain) != 1:
         raise ConfigError(f"lamina {command}: expected HOST:PORT of a coordinator. See `lamina {command} --help`.")
     require_tls13()  # before gRPC is imported
     from lamina.server import operate
 
-    with operate.dialled(plain[0], settings["identity"], flag(settings, "insecure"), settings["role"]) as coordinator:
+    with operate.dialled(plain[0], settings["identity"], flag(settings, "insecure"), "operator") as coordinator:
         if command == "watch":
+            before = None
             for document in coordinator.watch():
-                print(json.dumps(document) if as_json else operate.watched(document), flush=True)
+                line = json.dumps(document) if as_json else operate.watched(document, before)
+                before = document.get("status", before)
+                if line:
+                    print(line, flush=True)
             return 0
         done: Callable[[], Any] = {
             "status": coordinator.status,
@@ -103,6 +108,8 @@ def main(command: str, words: Sequence[str]) -> int:
             "fetch": lambda: coordinator.fetch(_output(settings)),
         }[command]
         found = done()
+    if command in ("pause", "stop") and not as_json:
+        print(operate.ordered(command, settings, found))
     print(json.dumps(found, indent=1) if as_json else operate.shown(found))
     return 0
 

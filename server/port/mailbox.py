@@ -128,6 +128,11 @@ class Mailbox:
         with self._changed:
             return self._offers.get(client_id)
 
+    def unanswered(self, client_id: str) -> Offer | None:
+        """What a client is asked now and has not answered, or None."""
+        with self._changed:
+            return self._newer(client_id, 0)
+
     @property
     def begun(self) -> bool:
         """Whether anyone was asked anything since this process began."""

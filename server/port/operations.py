@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +59,30 @@ class Operators(CoordinatorServicer):
     def Pause(self, request: pb.PauseRequest, context: Any) -> pb.Document:
         """Open no further round, or go on."""
         kind = "pause" if request.paused else "unpause"
-        self.run.store.note(kind, {"paused": str(int(request.paused))}, by=context.caller.name)
+        self._order(context, kind, {"paused": str(int(request.paused))})
         self.run.mailbox.poke()
         return pb.Document(json=json.dumps(status(self.run)))
 
     def Stop(self, request: pb.StopRequest, context: Any) -> pb.Document:
         """End the run after the open round, or at once."""
-        self.run.store.note("stop", {"stopping": "1"}, by=context.caller.name, now=request.now)
+        self._order(context, "stop", {"stopping": "1"}, now=request.now)
         if request.now:
             self.run.mailbox.end("stopped")
         else:
             self.run.mailbox.poke()
         return pb.Document(json=json.dumps(status(self.run)))
 
+    def _order(self, context: Any, kind: str, facts: Mapping[str, str], **fields: Any) -> None:
+        """Remember what an operator wants, unless the run is over."""
+        if not self.run.store.note(kind, facts, unless="ended", by=context.caller.name, **fields):
+            refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "the run is over; nothing was changed.")
+
     def ListFiles(self, request: pb.FilesRequest, context: Any) -> pb.Document:
-        """Names and lengths of the files that the caller may fetch."""
-        self._latest()
-        found = self._allowed(context.caller.role)
-        files = [{"name": name, "num_bytes": path.stat().st_size} for name, path in found.items()]
+        """Names, lengths and hashes of the files that the caller may fetch."""
+        with self.run.live.files:
+            self._latest()
+            found = self._allowed(context.caller.role)
+            files = [{"name": name} | _version(path) for name, path in found.items()]
         return pb.Document(json=json.dumps(files))
 
     def Fetch(self, request: pb.FetchRequest, context: Any) -> Iterator[pb.Part]:
@@ -128,8 +137,9 @@ def status(run: Run) -> dict[str, Any]:
     clients = []
     for client, rank in run.store.db.rows("SELECT client_id, rank FROM clients ORDER BY client_id"):
         silent = run.roster.silent_s(client)
-        training, step = run.roster.progress(client)
-        asked = run.mailbox.current(client)
+        asked = run.mailbox.unanswered(client)
+        training = asked.instruction.round if asked and asked.instruction.kind == "train" else 0
+        said, step = run.roster.progress(client)
         clients.append(
             {
                 "client_id": client,
@@ -138,7 +148,7 @@ def status(run: Run) -> dict[str, Any]:
                 "silent_s": None if silent == float("inf") else round(silent, 1),
                 "asked": asked.instruction.kind if asked else None,
                 "training_round": training,
-                "step": step,
+                "step": step if said == training else 0,
                 "answered": client in done,
             }
         )
@@ -147,7 +157,10 @@ def status(run: Run) -> dict[str, Any]:
         "run_id": run.campaign.run_id,
         "state": _state(run, number),
         "round": min(number, run.campaign.rounds),
+        "round_open": _is_open(run, number),
         "rounds": run.campaign.rounds,
+        "steps": run.config.train.local_steps,
+        "clients_to_start": run.config.clients.start or run.config.clients.count,
         "rounds_done": records[-1]["round"] if records else 0,
         "loss": records[-1]["loss"] if records else None,
         "clients": clients,
@@ -158,12 +171,16 @@ def status(run: Run) -> dict[str, Any]:
 
 
 def _state(run: Run, number: int) -> str:
-    if run.live.ended:
-        return run.live.ended
+    if ended := run.live.ended or run.store.db.fact("ended"):
+        return ended
     if run.store.db.fact("stopping") == "1":
         return "stopping"
-    if run.store.db.rows("SELECT 1 FROM rounds WHERE round = ? AND NOT closed", number):
+    if _is_open(run, number):
         return "collecting"
     if run.store.db.fact("paused") == "1":
         return "paused"
     return "between rounds"
+
+
+def _is_open(run: Run, number: int) -> bool:
+    return bool(run.store.db.rows("SELECT 1 FROM rounds WHERE round = ? AND NOT closed", number))

@@ -61,6 +61,7 @@ class DeploymentStore(RunDirectory):
         clock: For times in the log.
         sign: Signs the hash of a record of the log.
         carry_rounds: See `Campaign`.
+        told: Given each record of the log once it is on disk.
         lock: Held while a blob is there that the database does not name yet.
     """
 
@@ -69,6 +70,7 @@ class DeploymentStore(RunDirectory):
     clock: Clock = field(kw_only=True)
     sign: Callable[[bytes], bytes] = field(kw_only=True)
     carry_rounds: int = field(default=0, kw_only=True)
+    told: Callable[[Mapping[str, Any]], None] = field(default=lambda record: None, kw_only=True)
     lock: threading.RLock = field(default_factory=threading.RLock, kw_only=True)
 
     # The log.
@@ -80,7 +82,9 @@ class DeploymentStore(RunDirectory):
     def mirror(self) -> None:
         """Copy committed events to `events.jsonl`."""
         with self.db.alone() as connection:
-            events.flush(connection, self.path / EVENTS)
+            lines = events.flush(connection, self.path / EVENTS)
+        for line in lines:
+            self.told(json.loads(line))
 
     def head(self) -> log_record.Head:
         """Where the log ends."""
@@ -92,13 +96,16 @@ class DeploymentStore(RunDirectory):
         with self.db.alone() as connection:
             return events.hash_at(connection, n)
 
-    def note(self, kind: str, facts: Mapping[str, str] | None = None, **fields: Any) -> None:
-        """An event by itself, with facts that change with it."""
+    def note(self, kind: str, facts: Mapping[str, str] | None = None, unless: str = "", **fields: Any) -> bool:
+        """An event by itself, with facts that change with it; False, and nothing, where the fact `unless` is set."""
         with self.db.change() as connection:
+            if unless and self.db.fact(unless):
+                return False
             for name, value in (facts or {}).items():
                 set_fact(connection, name, value)
             self.log(connection, kind, **fields)
         self.mirror()
+        return True
 
     # A round's steps, in their order.
 

@@ -87,19 +87,22 @@ def append(
     return after
 
 
-def flush(db: sqlite3.Connection, path: Path) -> None:
+def flush(db: sqlite3.Connection, path: Path) -> list[str]:
     """Mirror committed events to the file, then drop them from the outbox. Looks at the end of the file only.
 
     Args:
         db: The coordinator's database, outside a transaction.
         path: `RUN_DIR/events.jsonl`.
 
+    Returns:
+        Their lines.
+
     Raises:
         CheckpointError: If the file's end is not what the database knows.
         StorageError: If it cannot be read or written; the events stay in the outbox.
         LaminaError: If a transaction is open.
     """
-    _mirror(db, path, _last)
+    return _mirror(db, path, _last)
 
 
 def reconcile(db: sqlite3.Connection, path: Path) -> None:
@@ -120,7 +123,7 @@ def reconcile(db: sqlite3.Connection, path: Path) -> None:
     _mirror(db, path, _all)
 
 
-def _mirror(db: sqlite3.Connection, path: Path, last: Callable[[sqlite3.Connection, Path, int], int]) -> None:
+def _mirror(db: sqlite3.Connection, path: Path, last: Callable[[sqlite3.Connection, Path, int], int]) -> list[str]:
     if db.in_transaction:
         raise LaminaError(f"{path}: expected to mirror committed events, got an open transaction.")
     waiting: list[tuple[int, str]] = db.execute("SELECT n, line FROM outbox ORDER BY n").fetchall()
@@ -141,6 +144,7 @@ def _mirror(db: sqlite3.Connection, path: Path, last: Callable[[sqlite3.Connecti
     if waiting:
         with db:
             db.execute("DELETE FROM outbox WHERE n <= ?", (waiting[-1][0],))
+    return [line for _, line in waiting]
 
 
 def _sizes(path: Path) -> tuple[int, int]:

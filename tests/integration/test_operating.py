@@ -13,7 +13,7 @@ from lamina.protos.errors import ConfigError, DataError
 from lamina.server import operate
 from lamina.server.store import run_directory
 from tests import deployment
-from tests.e2e.commands import lamina
+from tests.e2e.commands import failed, here, lamina
 
 ROUNDS = 2
 
@@ -34,10 +34,62 @@ def test_watching_gives_lines_for_people(tmp_path: Path, given: list[str]) -> No
             lines = [operate.watched(document) for document in coordinator.watch()]
             now = coordinator.status()
     assert [line.split(":")[0] for line in lines if line.startswith("round")] == ["round 1", "round 2"]
-    assert "finished" in lines[-1]
+    assert "finished, 2 of 2 rounds done" in lines[-1]
     assert "s ago" in lines[-1]
-    # There is no round after the last.
+    # There is no round after the last, and nobody is at anything.
     assert now["round"] == now["rounds"] == ROUNDS
+    assert [(one["asked"], one["training_round"], one["step"]) for one in now["clients"]] == [(None, 0, 0)] * 3
+
+
+def test_a_run_that_is_over_takes_no_orders(
+    tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with deployment.coordinator(tmp_path / "run", given) as running:
+        for name in deployment.NAMES:
+            deployment.in_thread(deployment.agent(name, running.port, tmp_path / name))
+        where = f"127.0.0.1:{running.port}"
+        assert here(capsys, "watch", where, "insecure=true").code == 0
+        before = (running.path / "events.jsonl").read_bytes()
+        for words in (["pause"], ["pause", "resume=true"], ["stop"], ["stop", "now=true"]):
+            assert "the run is over" in failed(here(capsys, words[0], where, "insecure=true", *words[1:]))
+        assert (running.path / "events.jsonl").read_bytes() == before
+
+
+def test_the_coordinators_own_log_says_who_came_and_who_ordered_what(
+    tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with deployment.coordinator(tmp_path / "run", given) as running:
+        where = f"127.0.0.1:{running.port}"
+        assert here(capsys, "pause", where, "insecure=true").out.startswith("paused; no further round is opened\n")
+        assert "no site has registered yet; waiting for 3" in here(capsys, "status", where, "insecure=true").out
+        for name in deployment.NAMES:
+            deployment.in_thread(deployment.agent(name, running.port, tmp_path / name))
+        assert here(capsys, "pause", where, "insecure=true", "resume=true").out.startswith("resumed; ")
+        assert here(capsys, "watch", where, "insecure=true").code == 0
+    said = [one for one in running.events if one["event"] not in ("listening", "round", "finished")]
+    assert said[0] == {"event": "paused", "by": "operator"}
+    assert {"event": "resumed", "by": "operator"} in said
+    assert {"event": "registered", "client": "west", "rank": 2} in said
+    opened = [one for one in said if one["event"] == "opened"]
+    assert opened == [{"event": "opened", "round": n, "asked": sorted(deployment.NAMES)} for n in (1, 2)]
+
+
+def test_a_coordinator_that_is_started_again_says_where_it_goes_on(tmp_path: Path, given: list[str]) -> None:
+    words = [one for one in given if not one.startswith("coordinator.linger_s")]
+    with deployment.coordinator(tmp_path / "run", words) as running:
+        for name in deployment.NAMES:
+            worker = deployment.Synthetic(name, step_s=0.05, steps=2 if name != "west" else 10_000)
+            deployment.in_thread(deployment.agent(name, running.port, tmp_path / name, worker=worker))
+        with operate.dialled(f"127.0.0.1:{running.port}", "", True, "operator") as coordinator:
+            for document in coordinator.watch():
+                if "status" in document and document["status"]["round_open"]:
+                    break
+            coordinator.stop(now=True)
+        assert running.join() == 0
+    with deployment.coordinator(tmp_path / "run", words) as running:
+        assert [one for one in running.events if one["event"] == "continues"] == [{"event": "continues", "round": 1}]
+        with operate.dialled(f"127.0.0.1:{running.port}", "", True, "operator") as coordinator:
+            coordinator.stop(now=True)
 
 
 def test_a_second_coordinator_is_kept_out(tmp_path: Path, given: list[str]) -> None:
