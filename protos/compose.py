@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -185,16 +186,23 @@ def _leaves(node: Any, path: str = "") -> list[str]:
     return [leaf for key, value in node.items() for leaf in _leaves(value, f"{path}.{key}" if path else str(key))]
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Config, keys: Sequence[str] | None = None) -> str:
     """The resolved config as YAML.
 
     Args:
         config: A checked config.
+        keys: Dotted keys to write; default: every one.
 
     Returns:
-        Text with every key.
+        Text.
     """
-    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    tree = OmegaConf.structured(config)
+    if keys is None:
+        return str(OmegaConf.to_yaml(tree))
+    chosen = OmegaConf.create()
+    for key in keys:
+        OmegaConf.update(chosen, key, value_of(config, key))
+    return str(OmegaConf.to_yaml(chosen))
 
 
 def help_text(head: str, keys: Sequence[str]) -> str:
@@ -205,15 +213,22 @@ def help_text(head: str, keys: Sequence[str]) -> str:
         keys: The dotted keys to list.
 
     Returns:
-        The head, then each key with its default and what it means.
+        The head, then each key with its default and what it means, and the shorthands of these keys.
     """
     defaults, texts = Config(), known_keys()
     lines = [head]
     for key in keys:
-        value = value_of(defaults, key)
-        lines.append(f"  {key} ({'' if value is None else value})\n      {texts[key]}")
-    lines.append("\nshorthands: " + " ".join(f"{name}=" for name in SHORTHANDS))
+        lines.append(f"  {key} ({_shown(value_of(defaults, key))})\n      {texts[key]}")
+    lines.append("\nshorthands: " + " ".join(f"{name}=" for name, key in SHORTHANDS.items() if key in keys))
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    """A default on one line, as YAML would have it."""
+    if value is None or value == "":
+        return "unset"
+    plain = isinstance(value, str) and value.isprintable()
+    return str(value) if plain else json.dumps(value, ensure_ascii=False)
 
 
 def take_config(words: list[str], options: str) -> Path | None:

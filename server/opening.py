@@ -24,6 +24,7 @@ from lamina.server.port.access import Access
 from lamina.server.port.mailbox import Mailbox
 from lamina.server.port.roster import Roster
 from lamina.server.port.run import Run
+from lamina.server.port.terms import coordinator_keys
 from lamina.server.store import checkpoint, events, run_directory
 from lamina.server.store.base import Completed
 from lamina.server.store.blobs import BlobStore
@@ -84,7 +85,7 @@ def open_run(config: Config, path: Path, log: Log, clock: Clock) -> Opened:
         raise ConfigError(f"task={config.task}: expected {spec.task}, the task of {spec_path}. Set task={spec.task}.")
     known = (path / DATABASE).exists()
     if not known:
-        run_directory.create(path, compose.to_yaml(config))
+        run_directory.create(path, compose.to_yaml(config, coordinator_keys()))
     db = Database(path / DATABASE)
     fixed = campaigns.fixed_settings(config, spec) | {"spec": sha256(spec_path.read_bytes())}
     run_id, blob = _begin(db, path, fixed, spec_path.read_bytes(), identity, clock)

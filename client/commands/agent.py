@@ -30,7 +30,7 @@ examples:
 Before dialling, certificate, dates, CA, role and clock are checked; `lamina doctor` does so at any time.
 exit codes: 0 the run is over, 2 bad configuration or data, 3 coordinator out of reach (client.give_up_s), 5 identity or policy
 
-keys of a site:"""
+keys of a site (default):"""
 _SECTIONS = ("client.", "data.", "model.")
 _KEYS = ("lora.rank", "train.device", "threads", "insecure", "partition.min_examples")
 

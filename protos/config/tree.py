@@ -81,7 +81,7 @@ class ClientsConfig:
     fraction: float = _doc(1.0, "share of the clients asked in a round")
     download_rank: int | None = _doc(None, "most ranks a client can receive; default: the sum of the cohort's ranks")
     join_round: Any = _doc(1, "first round of every client, or a list with one entry a client")
-    dropout_rate: float = _doc(0.0, "chance that a client asked in a round does not answer")
+    dropout_rate: float = _doc(0.0, "simulation: chance that a client asked in a round does not answer")
     quorum: int = _doc(1, "fewest accepted updates for a round to count")
     names: list[str] = _doc([], "names of the clients, in the order of clients.ranks; default 0, 1, 2 and so on")
     over_selection: float = _doc(0.0, "deployment: further share asked, so that the slowest need not be waited for")
@@ -193,7 +193,7 @@ class CoordinatorConfig:
     spec: str = _doc("", "the schema file that `lamina spec MODEL` writes")
     identity: str = _doc("", "folder with the coordinator's certificate and keys, from `lamina pki enroll`")
     revocations: str = _doc("", "the consortium's crl.pem, read again when it changes; default: crl.pem in identity")
-    metrics: str = _doc("", "host:port of a Prometheus endpoint, without TLS; empty is off")
+    metrics: str = _doc("", "host:port of a Prometheus endpoint, without TLS; unset is off")
     uploads: int = _doc(8, "uploads that are written at one time; others wait")
     linger_s: float = _doc(0.0, "after the end, seconds in which operators can still fetch")
     drain_s: float = _doc(30.0, "on SIGTERM, longest wait for uploads that are under way")
@@ -240,7 +240,7 @@ class Config:
     checkpoints: int = _doc(2, "how many rounds' checkpoints are kept")
     seed: int = _doc(0, "of sampling, batches, initialisation")
     threads: int = _doc(0, "CPU threads; 0 leaves the default")
-    output: str = _doc("", "run directory; default outputs/<date>/<time>")
+    output: str = _doc("", "run directory; a simulation's default: outputs/<date>/<time>")
     resume: str = _doc("", "run directory to continue")
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lamina.protos import compose
 from lamina.protos.clock import SYSTEM
-from lamina.protos.config import known_keys
 from lamina.protos.errors import ConfigError
 from lamina.protos.identity import require_tls13
+from lamina.server.port.terms import coordinator_keys
 
 _HELP = """\
 usage: lamina coordinator [key=value …] [--config FILE.yaml] [--json]
@@ -30,9 +30,7 @@ Logs are JSON lines on standard error, or plain lines on a terminal; --json alwa
 SIGTERM: what is being uploaded is taken in, then it ends; start it again to go on.
 exit codes: 0 finished, stopped or drained; 2 bad configuration; 3 quorum not met by the deadline; 5 identity
 
-keys that matter here (all keys: `lamina simulate --help`):"""
-_SECTIONS = ("coordinator.", "clients.", "wire.", "evaluate.", "strategy.", "aggregation.", "train.", "lora.")
-_KEYS = ("rounds", "seed", "task", "insecure", "keep_updates", "checkpoints", "output")
+keys of a coordinator (default); where data and model lie, each site says for itself:"""
 
 
 def main(command: str, words: Sequence[str]) -> int:
@@ -46,7 +44,7 @@ def main(command: str, words: Sequence[str]) -> int:
         Exit code 0; errors are raised.
     """
     if any(word in ("-h", "--help") for word in words):
-        print(compose.help_text(_HELP, [k for k in known_keys() if k.startswith(_SECTIONS) or k in _KEYS]))
+        print(compose.help_text(_HELP, coordinator_keys()))
         return 0
     as_json = "--json" in words
     config = compose.from_words([word for word in words if word != "--json"])

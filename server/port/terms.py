@@ -15,6 +15,21 @@ from lamina.server.campaign import Campaign
 _SECTIONS = ("train.", "lora.", "wire.", "privacy.", "adapter.", "strategy.")
 _KEYS = ("task", "rounds", "seed", "evaluate.split", "evaluate.max_examples", "evaluate.batch_size")
 _SITES_OWN = ("train.device", "lora.rank", "privacy.nominal_examples")
+# What the coordinator has for itself.
+_OWN_SECTIONS = ("coordinator.", "clients.", "evaluate.", "aggregation.")
+_OWN_KEYS = ("insecure", "keep_updates", "checkpoints", "output")
+_SIMULATION = "clients.dropout_rate"
+
+
+def coordinator_keys() -> list[str]:
+    """Every key that a coordinator reads: what it decides for all clients, and its own.
+
+    Returns:
+        Dotted keys, in the order of the tree.
+    """
+    mine = {key for key in known_keys() if key.startswith(_OWN_SECTIONS) or key in _OWN_KEYS} - {_SIMULATION}
+    mine |= set(task_keys())
+    return [key for key in known_keys() if key in mine]
 
 
 def task_keys() -> list[str]:

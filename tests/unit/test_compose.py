@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lamina.__main__ import main
 from lamina.protos import compose
 from lamina.protos.config import SHORTHANDS, Config, known_keys, value_of
 from lamina.protos.errors import ConfigError
@@ -205,6 +206,40 @@ def test_a_missing_or_binary_yaml_file_is_a_config_error(tmp_path: Path) -> None
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00rounds: 3")
     with pytest.raises(ConfigError):
         compose.composed([], tmp_path / "binary.yaml")
+
+
+def test_help_shows_each_default_on_one_line_and_the_shorthands_of_its_keys() -> None:
+    keys = ["data.template", "data.revision", "lora.rank", "keep_updates", "strategy.name", "data.labels"]
+    shown = [line.strip() for line in compose.help_text("head", keys).splitlines()]
+    wanted = {
+        'data.template ("{prompt}\\n")',
+        "data.revision (unset)",
+        "lora.rank (unset)",
+        "keep_updates (false)",
+        "strategy.name (recompress)",
+        "data.labels ([])",
+    }
+    assert wanted <= set(shown)
+    assert shown[-1] == "shorthands: strategy="
+    assert len(shown) == 1 + 2 * len(keys) + 2
+
+
+@pytest.mark.parametrize(
+    ("command", "shorthands"), [("coordinator", {"strategy", "privacy"}), ("client", {"data", "model"})]
+)
+def test_a_commands_help_lists_what_it_reads_and_nothing_else(
+    command: str, shorthands: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert {word.rstrip("=") for word in out.splitlines()[-1].split()[1:]} == shorthands
+    assert "clients.dropout_rate" not in out
+    assert "all keys" not in out
+
+
+def test_a_resolved_config_of_some_keys_names_no_other() -> None:
+    text = compose.to_yaml(config_of("clients.ranks=[1,2]", "clients.count=2", "seed=5"), ["clients.ranks", "seed"])
+    assert text == "clients:\n  ranks:\n  - 1\n  - 2\nseed: 5\n"
 
 
 def test_an_empty_yaml_file_is_the_defaults(tmp_path: Path) -> None:
