@@ -55,6 +55,34 @@ def load_rows(source: str, config: DataConfig) -> list[Row]:
     Raises:
         DataError: If nothing is there, or a file is truncated or malformed; file and line are named.
     """
+    path, files = Path(source).expanduser(), _files(source)
+    if files is None:
+        return _from_hub(source, config)
+    if path.is_dir():
+        return [{**row, FILE_COLUMN: str(file.relative_to(path))} for file in files for row in _read(file, config)]
+    return list(_read(path, config))
+
+
+def glance(config: DataConfig) -> None:
+    """Look at a site's source before anybody is told of the site: it is named, is there, and has a row.
+
+    Args:
+        config: The data settings. A hub id is believed.
+
+    Raises:
+        DataError: If not.
+    """
+    if config.source == "stdlib":  # the default, which only a simulation has
+        raise DataError(
+            "data.source: expected this site's own text. Set data=FILE, or data.source in the settings file."
+        )
+    files = _files(config.source)
+    if files is not None and not any(True for file in files for _ in _read(file, config)):
+        raise DataError(f"data.source={config.source}: expected rows, found none. Check the file.")
+
+
+def _files(source: str) -> list[Path] | None:
+    """The files of a source; None for a hub id."""
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES and one.is_file())
@@ -62,7 +90,7 @@ def load_rows(source: str, config: DataConfig) -> list[Row]:
             raise DataError(
                 f"data.source={source}: expected files ending in {', '.join(SUFFIXES)}, found none in this directory."
             )
-        return [{**row, FILE_COLUMN: str(file.relative_to(path))} for file in files for row in _read(file, config)]
+        return files
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise DataError(

@@ -23,22 +23,20 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from lamina.client.policy import Policy, read
-from lamina.protos.errors import ConfigError, IdentityError, one_line
+from lamina.protos.errors import IdentityError, one_line
 from lamina.protos.identity import Finding, check, load, require_tls13
 from lamina.protos.preflight import NETWORK, address, plain, preflight
 
 __all__ = [
     "Line",
-    "base",
     "coordinator",
     "devices",
     "exit_code",
     "listening",
     "packages",
-    "policy",
     "preflight",
     "python",
+    "size",
     "state",
 ]
 
@@ -151,7 +149,7 @@ def devices() -> Iterator[Line]:
         yield Line("warn", "devices", told)
         return
     free = _free_memory_bytes()
-    memory = "" if free is None else f", {_size(free)} of memory free"
+    memory = "" if free is None else f", {size(free)} of memory free"
     cpu = f"torch {torch.__version__}; CPU with {torch.get_num_threads()} threads of {os.cpu_count()}{memory}."
     low = free is not None and free < LOW_MEMORY_BYTES
     yield Line("warn", "devices", f"{cpu} Close other programs.") if low else Line("ok", "devices", cpu)
@@ -160,7 +158,7 @@ def devices() -> Iterator[Line]:
         try:
             for index in range(part.device_count() if part and part.is_available() else 0):
                 left, whole = part.mem_get_info(index)
-                told = f"{kind}:{index} {part.get_device_name(index)}, {_size(left)} of {_size(whole)} free."
+                told = f"{kind}:{index} {part.get_device_name(index)}, {size(left)} of {size(whole)} free."
                 yield Line("ok", "devices", told)
         except (RuntimeError, AttributeError) as error:
             told = f"{kind} is there and fails: {' '.join(str(error).split())[:200]}. Update its driver, or train.device=cpu."
@@ -179,7 +177,15 @@ def _free_memory_bytes() -> int | None:
     return None
 
 
-def _size(num_bytes: int) -> str:
+def size(num_bytes: int) -> str:
+    """Bytes for reading.
+
+    Args:
+        num_bytes: How many.
+
+    Returns:
+        In GiB.
+    """
     return f"{num_bytes / 1024**3:.1f} GiB"
 
 
@@ -206,10 +212,10 @@ def state(folder: Path) -> Iterator[Line]:
         yield Line("FAIL", "state", told)
         return
     if free < LOW_DISK_BYTES:
-        told = f"{there}: writable, but only {_size(free)} are free. A release and an update must fit; make room."
+        told = f"{there}: writable, but only {size(free)} are free. A release and an update must fit; make room."
         yield Line("warn", "state", told)
     else:
-        yield Line("ok", "state", f"{there} is writable, {_size(free)} are free.")
+        yield Line("ok", "state", f"{there} is writable, {size(free)} are free.")
 
 
 def listening(text: str) -> Iterator[Line]:
@@ -245,53 +251,7 @@ def listening(text: str) -> Iterator[Line]:
     yield Line("ok", "listen", f"{text} is free.")
 
 
-def base(folder: Path) -> Iterator[Line]:
-    """Whether a folder holds a base model that can be loaded without running its code.
-
-    Args:
-        folder: From `model.source`.
-
-    Yields:
-        One finding.
-    """
-    if not (folder / "config.json").is_file():
-        yield Line("FAIL", "model", f"{folder}: expected a model's folder, found no config.json. Set model=DIR.")
-    elif not any(folder.glob("*.safetensors")):
-        pickled = sorted(one.name for pattern in ("*.bin", "*.pt") for one in folder.glob(pattern))
-        got = f"only {pickled[0]}, a pickle, which is not loaded" if pickled else "none"
-        yield Line(
-            "FAIL", "model", f"{folder}: expected weights as *.safetensors, got {got}. Convert them where it is safe."
-        )
-    else:
-        size = sum(one.stat().st_size for one in folder.glob("*.safetensors"))
-        told = f"{folder}: {_size(size)} of safetensors. `lamina spec {folder}` gives its hashes, for the policy."
-        yield Line("ok", "model", told)
-
-
-def policy(path: Path) -> Iterator[Line]:
-    """Whether the site's policy can be read, and who could change it.
-
-    Args:
-        path: The file.
-
-    Yields:
-        Findings.
-    """
-    try:
-        found = read(path)
-    except ConfigError as error:
-        yield Line("FAIL", "policy", str(error))
-        return
-    same = " It is the default policy." if found == Policy() else ""
-    yield Line("ok", "policy", f"{path} can be read.{same}")
-    if os.name == "posix" and path.stat().st_mode & 0o022:
-        told = (
-            f"{path} can be changed by others than its owner, and so can what this site gives away. chmod go-w {path}"
-        )
-        yield Line("warn", "policy", told)
-
-
-def identity(folder: Path, now: datetime) -> Iterator[Line]:
+def identity(folder: Path, now: datetime, revocations: Path | None = None) -> Iterator[Line]:
     """The identity alone.
 
     Args:

@@ -30,7 +30,7 @@ examples:
 Before dialling, certificate, dates, CA, role and clock are checked; `lamina doctor` does so at any time.
 exit codes: 0 the run is over, 2 bad configuration or data, 3 coordinator out of reach (client.give_up_s), 5 identity or policy
 
-keys of a site (default):"""
+keys of a site (default), of which data.source must be set:"""
 _SECTIONS = ("client.", "data.", "model.")
 _KEYS = ("lora.rank", "train.device", "threads", "insecure", "partition.min_examples")
 
@@ -65,6 +65,7 @@ def main(command: str, words: Sequence[str]) -> int:
     require_tls13()  # before gRPC is imported
     from lamina.client import policy as policies
     from lamina.client.agent import Agent, Superseded
+    from lamina.client.data import glance
     from lamina.client.listening import Settings
     from lamina.protos import identity as identities
     from lamina.protos.link import Address, check_exposed
@@ -84,6 +85,8 @@ def main(command: str, words: Sequence[str]) -> int:
         identity = identities.load(folder)
     elif not config.client.name:
         raise ConfigError("client.name: expected this client's name, as there is no certificate. Set client.name=NAME.")
+
+    glance(config.data)
 
     def explain() -> LaminaError | None:
         if identity is None:

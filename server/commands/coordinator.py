@@ -47,7 +47,14 @@ def main(command: str, words: Sequence[str]) -> int:
         print(compose.help_text(_HELP, coordinator_keys()))
         return 0
     as_json = "--json" in words
-    config = compose.from_words([word for word in words if word != "--json"])
+    given = [word for word in words if word != "--json"]
+    for key in compose.keys_of(given):
+        if key.startswith(("data.", "model.")):
+            raise ConfigError(
+                f"{key}: each site sets that for itself; the coordinator has no text and no model. Take it out here, and set "
+                "it at the sites (`lamina client --help`)."
+            )
+    config = compose.from_words(given)
     if not config.output:
         raise ConfigError(
             "output: expected a run directory, so that the coordinator can be started again. Set output=DIR."

@@ -16,12 +16,15 @@ from typing import Any
 
 import pytest
 
-from lamina.client import doctor
+from lamina.client import doctor, doctor_files
 from lamina.client.commands.doctor import main
 from lamina.client.doctor import Line, exit_code
-from lamina.protos.preflight import address
+from lamina.protos.config import DataConfig
 from lamina.protos.errors import ConfigError
+from lamina.protos.preflight import address
+from tests import deployment
 from tests.consortium import NOW, enrolled, new_ca
+from tests.e2e.commands import failed, here
 
 
 def only(lines: Iterable[Line]) -> Line:
@@ -190,23 +193,23 @@ def test_what_is_no_address(text: str) -> None:
 
 
 def test_a_model_folder(tmp_path: Path) -> None:
-    assert "no config.json" in only(doctor.base(tmp_path)).message
+    assert "no config.json" in only(doctor_files.base(tmp_path)).message
     (tmp_path / "config.json").write_text("{}")
-    assert only(doctor.base(tmp_path)).level == "FAIL"
+    assert only(doctor_files.base(tmp_path)).level == "FAIL"
     (tmp_path / "pytorch_model.bin").write_text("")
-    assert "a pickle, which is not loaded" in only(doctor.base(tmp_path)).message
+    assert "a pickle, which is not loaded" in only(doctor_files.base(tmp_path)).message
     (tmp_path / "model.safetensors").write_text("")
-    assert only(doctor.base(tmp_path)).level == "ok"
+    assert only(doctor_files.base(tmp_path)).level == "ok"
 
 
 def test_a_policy(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
-    assert only(doctor.policy(path)).level == "FAIL"
+    assert only(doctor_files.policy(path)).level == "FAIL"
     path.write_text("max_rounds: 3")
     path.chmod(0o644)
-    assert only(doctor.policy(path)).message == f"{path} can be read."
+    assert only(doctor_files.policy(path)).message == f"{path} can be read."
     path.chmod(0o664)
-    assert [line.level for line in doctor.policy(path)] == ["ok", "warn"]
+    assert [line.level for line in doctor_files.policy(path)] == ["ok", "warn"]
 
 
 def test_an_identity(tmp_path: Path) -> None:
@@ -235,6 +238,27 @@ def test_without_certificates_only_the_loopback() -> None:
     assert (line.level, line.what, line.trust) == ("FAIL", "address", False)
 
 
+def test_a_sites_text(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.jsonl"
+    assert "expected a file, found none" in only(doctor_files.text(DataConfig(source=str(notes)))).message
+    notes.write_text("\n")
+    assert "expected rows, found none" in only(doctor_files.text(DataConfig(source=str(notes)))).message
+    notes.write_text('{"text": "a note"}\n')
+    assert only(doctor_files.text(DataConfig(source=str(notes)))).level == "ok"
+    assert "expected this site's own text" in only(doctor_files.text(DataConfig())).message
+    # Whether a hub id can be had is not known before it is fetched.
+    assert only(doctor_files.text(DataConfig(source="someone/notes"))).level == "ok"
+
+
+def test_a_schema(tmp_path: Path) -> None:
+    path = tmp_path / "spec.json"
+    assert only(doctor_files.schema(path)).level == "FAIL"
+    path.write_text("{}")
+    assert only(doctor_files.schema(path)).level == "FAIL"
+    path.write_text(deployment.spec().to_json())
+    assert "schema of synthetic, 2 modules" in only(doctor_files.schema(path)).message
+
+
 # --- the command
 
 
@@ -256,6 +280,48 @@ def test_the_command_prints_a_line_for_each(
     assert code == document["exit_code"] == 5
     assert document["findings"][-1]["level"] == "FAIL"
     assert run(capsys, f"state={tmp_path}")[0] == 0
+
+
+def test_a_settings_file_is_looked_at_as_a_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def findings(*words: str) -> dict[str, Any]:
+        document = json.loads(run(capsys, *words, "--json")[1])["findings"]
+        return {one["what"]: one for one in document if one["what"] not in ("python", "packages", "devices", "state")}
+
+    monkeypatch.chdir(tmp_path)
+    Path("policy.yaml").write_text("max_rounds: 3")
+    Path("notes.jsonl").write_text('{"text": "a note"}\n')
+    Path("site.yaml").write_text("client: {policy: policy.yaml, identity: none}\ndata: {source: notes.jsonl}\n")
+    found = findings("config=site.yaml")
+    assert {what: one["level"] for what, one in found.items()} == {
+        "settings": "ok",
+        "policy": "ok",
+        "data": "ok",
+        "model": "ok",
+        "files": "FAIL",
+    }
+    assert findings("config=site.yaml", "data=gone.jsonl")["data"]["level"] == "FAIL"
+    Path("hub.yaml").write_text("coordinator: {spec: spec.json, listen: '127.0.0.1:0'}\n")
+    found = findings("config=hub.yaml")
+    assert {what: one["level"] for what, one in found.items()} == {"settings": "ok", "spec": "FAIL", "listen": "ok"}
+    Path("hub.yaml").write_text("coordinator: {lisen: x}\n")
+    assert "Did you mean coordinator.listen?" in findings("config=hub.yaml")["settings"]["message"]
+
+
+def test_each_side_is_told_what_it_sets_for_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = failed(here(capsys, "coordinator", "insecure=true", "data=a.jsonl", f"output={tmp_path / 'run'}"))
+    assert "data.source: each site sets that for itself" in text
+    assert not (tmp_path / "run").exists()
+    site = [
+        "client",
+        "insecure=true",
+        "client.name=north",
+        "client.coordinator=127.0.0.1:1",
+        f"client.state={tmp_path}",
+    ]
+    assert "expected this site's own text" in failed(here(capsys, *site))
+    assert "expected a file, found none" in failed(here(capsys, *site, f"data={tmp_path / 'nope.jsonl'}"))
 
 
 @pytest.mark.parametrize(

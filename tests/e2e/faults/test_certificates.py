@@ -131,11 +131,13 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[C
     """Exit code and words of a client in each of these cases, all started at once against one coordinator."""
     folder = tmp_path_factory.mktemp("clients")
     who = everyone(folder / "pki")
-    found = made(folder, who)
+    found, rows = made(folder, who), folder / "rows.txt"
+    rows.write_text("a note")
     with deployment.coordinator(folder / "run", words_of(folder, who)) as running:
         started = {}
         for name, case in found.items():
             words = [f"client.coordinator=127.0.0.1:{running.port}", f"client.state={folder / 'state' / name}"]
+            words += [f"data={rows}"]
             words += [f"client.identity={case.identity}"] if case.identity else []
             command = [sys.executable, "-m", "lamina", "client", "--json", *words]
             started[name] = subprocess.Popen(
