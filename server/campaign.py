@@ -62,7 +62,8 @@ class Campaign:
 # Settings that may differ when a run is resumed: they do not change a bit of it.
 FREE_KEYS = (
     "output", "resume", "threads", "checkpoints", "keep_updates", "baselines", "data.generate", "insecure",
-    "clients.start", "clients.deadline_s", "clients.patience_s", "wire.chunk_bytes", "wire.heartbeat_s", "lora.rank",
+    "clients.quorum", "clients.start", "clients.deadline_s", "clients.patience_s", "evaluate.deadline_s",
+    "wire.chunk_bytes", "wire.heartbeat_s", "lora.rank",
 )  # fmt: skip
 FREE_SECTIONS = ("coordinator.", "client.")
 

@@ -139,14 +139,19 @@ def _run(opened: Opened, log: Log, metrics: Metrics, started: float, leave: thre
         every=config.evaluate.every,
         classes=config.task == "sequence-classification",
         heartbeat_s=config.wire.heartbeat_s,
-        deadline_s=config.clients.deadline_s,
+        deadline_s=config.evaluate.deadline_s,
         clock=run.clock,
         started=run.clock.monotonic(),
     )
 
     def evaluated(state: ServerState, held: Mapping[str, int]) -> Evaluation | None:
         run.live.latest = state
-        return measuring.evaluate(state, held)
+        try:
+            return measuring.evaluate(state, held)
+        except Stopped as stopped:
+            if str(stopped) == "drained":
+                raise  # a restart measures it again
+            return None  # the round is whole; the loop ends before the next one
 
     loop = Loop(run.campaign, run.mailbox, evaluated, store, lambda number: _present(run, number))
     start = opened.resumed.state if opened.resumed else run.campaign.strategy.init(run.campaign.spec)
@@ -174,18 +179,26 @@ def _present(run: Run, round_number: int) -> Mapping[str, Any]:
             raise Stopped("stopped")
         return run.store.db.fact("paused") == "1"
 
-    return run.roster.present(round_number, run.mailbox, held_back)
+    return run.roster.present(round_number, run.mailbox, held_back, run.store.missed(round_number))
 
 
 def _finish(
     opened: Opened, state: ServerState, figures: tuple[Evaluation | None, Evaluation | None], why: str, seconds: float
 ) -> None:
     run, path = opened.run, opened.run.store.path
-    budgets = run.roster.registered()
-    finished = Finished(run.campaign.run_id, {client: client for client in budgets}, budgets, "release")
+    budgets, head = run.roster.known(), run.store.head()
+    deployment = {
+        "coordinator": "" if opened.identity is None else opened.identity.peer.name,
+        "consortium": run.consortium,
+        "gone": run.roster.gone(run.access),
+        "log": {"n": head.n, "hash": head.hash},
+    }
+    names = {client: client for client in budgets}
+    finished = Finished(run.campaign.run_id, names, budgets, "release", run.campaign.spec, why, deployment)
     summary = summarise(run.config, finished, path, figures, {"total": seconds, "base": 0.0})
-    shutil.rmtree(path / "latest", ignore_errors=True)
-    write_results(path, state, run.campaign.spec, summary, run.config)
+    with run.live.files:
+        shutil.rmtree(path / "latest", ignore_errors=True)
+        write_results(path, state, run.campaign.spec, summary, run.config)
     content = (path / "adapter" / "adapter_model.safetensors").read_bytes()
     run.store.note("end", {"ended": why}, why=why, round=state.round, adapter=sha256(content))
 

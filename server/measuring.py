@@ -35,6 +35,7 @@ class Measuring:
         deadline_s: Longest wait.
         clock: For silences.
         started: When this coordinator was, on its monotonic scale.
+        missed: Clients that lived and did not answer the last time: they are asked, and not waited for.
     """
 
     campaign: Campaign
@@ -47,6 +48,7 @@ class Measuring:
     deadline_s: float
     clock: Clock
     started: float = field(kw_only=True)
+    missed: set[str] = field(default_factory=set, kw_only=True)
 
     def evaluate(self, state: ServerState, held: Mapping[str, int]) -> Evaluation | None:
         """Figures of a state, from whoever is there and may tell.
@@ -74,12 +76,15 @@ class Measuring:
         self.mailbox.offer([one.instruction for one in sent.values()], carried)
 
         def worth(waiting: frozenset[str]) -> bool:
-            return any(self.roster.silent_s(client) <= patience for client in waiting)
+            return any(self.roster.silent_s(client) <= patience for client in waiting - self.missed)
 
-        figures = {}
+        figures, answered = {}, set()
         for reply in self.mailbox.replies_while(self.deadline_s, worth):
+            answered.add(reply.client_id)
             if reply.figures:
                 figures[reply.client_id] = reply.figures
+        self.missed.update(sent.keys() - answered)
+        self.missed.difference_update(answered)
         found = summed(figures, self.classes)
         self._remember("base" if state.round == 0 else "last", state.round, found)
         return found

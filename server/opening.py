@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from lamina.protos.clock import Clock
 from lamina.protos.config import Config
 from lamina.protos.errors import CheckpointError, ConfigError, IdentityError
 from lamina.protos.files import sha256, write_atomic
-from lamina.protos.identity import Identity
+from lamina.protos.identity import Identity, Revocations, list_of
+from lamina.protos.identity.revocations import CRL
 from lamina.protos.logs import Log
 from lamina.server import campaign as campaigns
 from lamina.server.campaign import Campaign
+from lamina.server.finish import clear_results
 from lamina.server.port.access import Access
 from lamina.server.port.mailbox import Mailbox
 from lamina.server.port.roster import Roster
@@ -74,7 +77,7 @@ def open_run(config: Config, path: Path, log: Log, clock: Clock) -> Opened:
     Raises:
         ConfigError: If the schema file is missing, or something else is in the directory.
         CheckpointError: If the directory holds a run of other settings, or nothing whole.
-        IdentityError: If the certificate cannot be used.
+        IdentityError: If the certificate cannot be used, or a list of revoked ones that the run has seen is gone.
     """
     identity, access = _identity(config, clock)
     if not config.coordinator.spec:
@@ -87,6 +90,8 @@ def open_run(config: Config, path: Path, log: Log, clock: Clock) -> Opened:
     if not known:
         run_directory.create(path, compose.to_yaml(config, coordinator_keys()))
     db = Database(path / DATABASE)
+    if identity is not None:
+        _revocations(db, access, identity)
     fixed = campaigns.fixed_settings(config, spec) | {"spec": sha256(spec_path.read_bytes())}
     run_id, blob = _begin(db, path, fixed, spec_path.read_bytes(), identity, clock)
     campaign = campaigns.campaign(config, spec, campaigns.budgets(config, spec), run_id)
@@ -121,6 +126,8 @@ def open_run(config: Config, path: Path, log: Log, clock: Clock) -> Opened:
         spec=blob,
     )
     resumed = _resumed(store, campaign, log) if known else None
+    if known and (resumed is None or resumed.state.round < campaign.rounds):
+        clear_results(path)  # of an end that was none
     return Opened(run, identity, resumed)
 
 
@@ -145,15 +152,35 @@ def _identity(config: Config, clock: Clock) -> tuple[Identity | None, Access]:
         )
     folder = Path(config.coordinator.identity)
     identity = identities.load(folder)
-    wrong = [finding.message for finding in identities.check(folder, clock.now(), "coordinator") if not finding.ok]
-    if wrong:
-        raise IdentityError("\n".join(wrong))
     named = config.coordinator.revocations
-    beside = folder / "crl.pem"
-    revocations = Path(named) if named else beside if beside.exists() else None
+    revocations = list_of(named, folder)
     if revocations is not None and not revocations.is_file():
         raise IdentityError(f"coordinator.revocations={named}: expected the consortium's crl.pem, found none.")
-    return identity, Access(identity.ca_pem, revocations, clock)
+    found = identities.check(folder, clock.now(), "coordinator", revocations)
+    wrong = [finding.message for finding in found if not finding.ok]
+    if wrong:
+        raise IdentityError("\n".join(wrong))
+    return identity, Access(identity.ca_pem, revocations or folder / CRL, clock)
+
+
+def _revocations(db: Database, access: Access, identity: Identity) -> None:
+    """Hold the list of revoked certificates against the last that the run has seen, and keep it from now on."""
+
+    def keep(found: Revocations) -> None:
+        text = json.dumps([found.number, sorted(f"{serial:x}" for serial in found.serials)])
+        with db.change() as connection:
+            set_fact(connection, "revocations", text)
+
+    number, serials = json.loads(db.fact("revocations") or "[null, []]")
+    before = None if number is None else Revocations(number, frozenset(int(serial, 16) for serial in serials))
+    access.remember(before, keep)
+    if access.broken is not None:
+        raise access.broken
+    if access.is_revoked_serial(identity.peer.serial):
+        raise IdentityError(
+            f"{access.fault or 'The list in force revokes this coordinator.'} {identity.peer.name}'s own certificate is "
+            "revoked. Ask the consortium's operator; a new invite gives a new certificate."
+        )
 
 
 def _signer(identity: Identity) -> Callable[[str, bytes], bytes]:
@@ -177,6 +204,7 @@ def _begin(
             run_id = secrets.token_hex(6)
             set_fact(connection, "run_id", run_id)
             set_fact(connection, "spec", blob.sha256)
+            set_fact(connection, "settings", json.dumps(dict(fixed)))
             set_fact(connection, "signing_key", _signing_key(identity))
             certificate = "" if identity is None else identity.certificate_pem.decode()
             fields = {
@@ -189,7 +217,11 @@ def _begin(
             events.append(connection, "begin", fields, clock.now(), _head_signer(identity))
         else:
             _check_key(connection, identity, path)
-            set_fact(connection, "stopping", "0")
+            run_directory.check_same(path, fixed, json.loads(db.fact("settings") or "{}"))
+            if db.fact("ended") == "stopped":
+                # The operator had it stopped, and has started it again.
+                set_fact(connection, "stopping", "0")
+                set_fact(connection, "ended", "")
             events.append(connection, "restart", {"run_id": run_id}, clock.now(), _head_signer(identity))
     if identity is not None:
         write_atomic(path / "ca.pem", identity.ca_pem)

@@ -26,6 +26,9 @@ from lamina.server.releases import Sent, release_errors, released
 from lamina.server.store.base import Collected, Completed, Evaluation, Opened, Store, evaluation_record
 from lamina.strategies.base import ServerState, client_weights
 
+# Of a rejection's sentence, in which a client's own words may stand.
+_MESSAGE = 500
+
 Evaluate = Callable[[ServerState, Mapping[str, int]], Evaluation | None]
 Present = Callable[[int], Mapping[str, Budget]]
 
@@ -91,6 +94,9 @@ def run_round(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Comple
     if round_open is None:
         round_open = _open(loop, state, held)
         loop.store.open(round_open)
+    elif loop.store.missed(number):
+        round_open = _opened_again(loop, state, held, round_open)
+        loop.store.open_again(round_open)
     collected = loop.store.collected(number)
     _offer(loop, round_open, collected)
     with ThreadPoolExecutor(1, initializer=_politely) as beside:
@@ -100,10 +106,12 @@ def run_round(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Comple
         collected.seconds = time.monotonic() - started
         collected.errors = errors.result()
     if len(collected.updates) < loop.campaign.quorum:
+        loop.store.miss(number)
         reasons = ", ".join(sorted({r.reason for r in collected.rejections})) or "no reply"
         raise QuorumNotReached(
             f"round {number}: expected at least {loop.campaign.quorum} accepted updates of {len(round_open.sent)} asked, "
-            f"got {len(collected.updates)} ({reasons}). Resume when more clients can answer, or lower clients.quorum."
+            f"got {len(collected.updates)} ({reasons}). Start again when more clients can "
+            "answer: what arrived is kept, and everyone else is asked again. Or lower clients.quorum."
         )
     loop.store.close(number)
     collected.rejections += loop.store.refused(number)
@@ -132,7 +140,7 @@ def _step(
         "round": round_open.round,
         "clients": [u.client_id for u in updates],
         "asked": sorted(sent),
-        "rejections": [{"client_id": r.client_id, "reason": r.reason} for r in collected.rejections],
+        "rejections": [_rejection_record(rejection) for rejection in collected.rejections],
         **evaluation_record(None),
         "train_loss": float(np.mean(train_losses)) if train_losses else None,
         "bytes_up": collected.num_bytes,
@@ -151,6 +159,12 @@ def _step(
     now_held = dict(held) | {client: sent[client].instruction.version for client in collected.updates}
     weights = client_weights(updates, campaign.weighting)
     return Completed(after, record, updates, releases, weights, now_held, announced=False)
+
+
+def _rejection_record(rejection: Rejection) -> dict[str, str]:
+    """Who and why; of a failure also its code, which is from a fixed list."""
+    code = {"code": rejection.message} if rejection.reason == "failed" else {}
+    return {"client_id": rejection.client_id, "reason": rejection.reason, **code}
 
 
 def _announce(loop: Loop, completed: Completed, started: float) -> Completed:
@@ -189,6 +203,16 @@ def _open(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Opened:
     return Opened(number, dict(sorted({**carried, **sent}.items())), fewer + len(carried))
 
 
+def _opened_again(loop: Loop, state: ServerState, held: Mapping[str, int], before: Opened) -> Opened:
+    """A round that missed its quorum: who failed is asked again, and whoever has come since is asked too."""
+    campaign, number = loop.campaign, before.round
+    pool = (loop.present or campaign.present)(number)
+    still = loop.store.held(held)
+    budgets = {c: replace(b, held_version=still.get(c, -1)) for c, b in pool.items() if c not in before.sent}
+    sent = {**before.sent, **released(campaign, loop.store.keep, state, budgets)}
+    return Opened(number, dict(sorted(sent.items())), max(before.wanted, campaign.quorum))
+
+
 def _offer(loop: Loop, round_open: Opened, collected: Collected) -> None:
     """Ask everyone who has not answered; what had arrived before an interruption is judged first."""
     if collected.closed:
@@ -222,7 +246,9 @@ def _judge(loop: Loop, round_open: Opened, reply: Reply, collected: Collected) -
     rejection = _admitted(loop, round_open, reply, collected)
     if rejection is not None:
         loop.store.reject(round_open.round, rejection)
-        collected.rejections.append(rejection)
+        known = {(one.client_id, one.reason) for one in collected.rejections}
+        if (rejection.client_id, rejection.reason) not in known:  # once, however often a client sends such
+            collected.rejections.append(rejection)
 
 
 def _admitted(loop: Loop, round_open: Opened, reply: Reply, collected: Collected) -> Rejection | None:
@@ -237,7 +263,7 @@ def _admitted(loop: Loop, round_open: Opened, reply: Reply, collected: Collected
             reply.update, _expected(loop.campaign, round_open.sent[reply.client_id]), collected.updates
         )
     except UpdateRejected as error:
-        return Rejection(reply.client_id, error.reason, str(error))
+        return Rejection(reply.client_id, error.reason, str(error)[:_MESSAGE])
     loop.store.admit(round_open.round, reply)
     collected.updates[reply.client_id] = update
     return None

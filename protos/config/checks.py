@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lamina.protos.config.tree import Config, value_of
 from lamina.protos.errors import ConfigError, nearest
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "task": ("causal-lm", "sequence-classification"),
@@ -42,7 +45,9 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "clients.patience_s": (0, 1e9, False),
     "lora.rank": (1, 1_000_000, True),
     "wire.chunk_bytes": (1024, 16 * 1024**2, True),
-    "wire.heartbeat_s": (0, 3600, False),
+    "wire.heartbeat_s": (0.05, 3600, True),
+    "evaluate.deadline_s": (0, 1e9, False),
+    "coordinator.linger_s": (0, 1e7, True),
     "coordinator.uploads": (1, 10_000, True),
     "coordinator.drain_s": (0, 86_400, True),
     "client.give_up_s": (0, 1e9, True),
@@ -169,8 +174,12 @@ def _check_together(config: Config) -> None:
             f"clients.names: expected {clients.count} different names, one a client, got {len(clients.names)} "
             f"({len(set(clients.names))} different). Set clients.count={len(set(clients.names))}, or name every client."
         )
-    if clients.quorum > clients.count:
-        raise ConfigError(f"clients.quorum={clients.quorum}: expected at most clients.count={clients.count}.")
+    for name in clients.names:
+        if _NAME.fullmatch(name) is None:
+            raise ConfigError(
+                f"clients.names: expected letters, digits and . _ - only, at most 64, as in a certificate, got {name!r}."
+            )
+    _check_quorum(config)
     if not isinstance(config.lora.rank_pattern, Mapping):
         raise ConfigError(
             f"lora.rank_pattern: expected a mapping of module suffix to rank, got {config.lora.rank_pattern!r}."
@@ -179,6 +188,23 @@ def _check_together(config: Config) -> None:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise ConfigError(f"lora.rank_pattern.{suffix}: expected an integer >= 0, got {rank!r}.")
     _holdout(config.data.holdout)
+
+
+def _check_quorum(config: Config) -> None:
+    clients = config.clients
+    if clients.quorum > clients.count:
+        raise ConfigError(f"clients.quorum={clients.quorum}: expected at most clients.count={clients.count}.")
+    asked = max(1, round(clients.count * min(1.0, clients.fraction * (1 + clients.over_selection))))
+    if clients.quorum > asked:
+        raise ConfigError(
+            f"clients.quorum={clients.quorum}: expected at most {asked}, the clients that a round asks with "
+            f"clients.fraction={clients.fraction:g}. Raise clients.fraction or clients.over_selection, or lower the quorum."
+        )
+    if clients.start is not None and clients.quorum > clients.start:
+        raise ConfigError(
+            f"clients.start={clients.start}: expected at least clients.quorum={clients.quorum}, or the first round could "
+            "not count. Raise it, or lower the quorum."
+        )
 
 
 def _holdout(value: str) -> None:

@@ -171,6 +171,7 @@ class EvaluateConfig:
     every: int = _doc(1, "rounds between evaluations; the last round is always evaluated")
     max_examples: int | None = _doc(None, "at most this many held-out examples a client")
     batch_size: int = _doc(32, "examples in a forward pass")
+    deadline_s: float = _doc(600.0, "deployment: longest wait for the clients' figures")
 
 
 @dataclass
@@ -206,6 +207,7 @@ class ClientConfig:
     coordinator: str = _doc("", "host:port of the coordinator")
     identity: str = _doc("", "folder with the site's certificate and keys, from `lamina pki enroll`")
     name: str = _doc("", "with insecure=true only: the client's name; otherwise the certificate says it")
+    revocations: str = _doc("", "the consortium's crl.pem, against a revoked coordinator; default: crl.pem in identity")
     policy: str = _doc("", "the site's policy file; what it does not allow is refused here")
     state: str = _doc("lamina-site", "folder for the last update and whatever else must outlive a restart")
     stay: bool = _doc(False, "wait for the next run when one is finished")

@@ -14,6 +14,9 @@ from lamina.protos.clock import Clock
 from lamina.protos.errors import LaminaError
 from lamina.protos.messages import Instruction, Reply
 
+# Seconds. A wait that takes so much longer than it should is no scheduler's doing.
+_HICCUP_S = 5.0
+
 
 class Stopped(LaminaError):
     """The operator or a signal has ended the wait; the open round is in the store."""
@@ -104,7 +107,10 @@ class Mailbox:
                     left = 1.0 if deadline is None else min(1.0, deadline - self._clock.monotonic())
                     if not self._waiting or left <= 0 or not worth(frozenset(self._waiting)):
                         return
+                    began = self._clock.monotonic()
                     self._changed.wait(self._clock.real(left))
+                    if deadline is not None:
+                        deadline += self._asleep_s(self._clock.monotonic() - began - left)
                 reply = self._replies.popleft()
             yield reply
 
@@ -114,6 +120,10 @@ class Mailbox:
             self._go_on()
             self._changed.wait(self._clock.real(seconds))
             self._go_on()
+
+    def _asleep_s(self, excess_s: float) -> float:
+        """How long this process, or its machine, was stopped in a wait: nobody could answer, so no deadline ran."""
+        return excess_s if self._clock.real(excess_s) > _HICCUP_S else 0.0
 
     def _go_on(self) -> None:
         if self._fault is not None:

@@ -8,14 +8,22 @@ from dataclasses import dataclass, replace
 
 from lamina.protos.clock import Clock
 from lamina.protos.config import Config, client_names, per_client
-from lamina.protos.errors import ConfigError, QuorumNotReached
+from lamina.protos.errors import ConfigError, LaminaError, QuorumNotReached
 from lamina.protos.identity import peer_of
 from lamina.protos.messages import Budget
 from lamina.protos.spec import AdapterSpec
 from lamina.server.campaign import budget
 from lamina.server.port.access import Access, Caller
+from lamina.server.port.enrolment import TokenBucket
 from lamina.server.port.mailbox import Mailbox
 from lamina.server.store.deployment import DeploymentStore
+
+# Registrations that change something go into the log: a client may make so many at once, and so many a second in the long run.
+_CHANGES, _CHANGES_PER_S = 12, 0.05
+
+
+class Hasty(LaminaError):
+    """A client registers anew too often."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Roster:
         self._lock = threading.Lock()
         self._began = clock.monotonic()
         self._budgets: dict[int, Budget] = {}
+        self._changes = {name: TokenBucket(_CHANGES, _CHANGES_PER_S, clock.monotonic) for name in self.offered}
 
     def register(self, caller: Caller, rank: int | None, held: int, equal_ranks: bool) -> Budget:
         """Take a client in, or take it up again.
@@ -68,6 +77,7 @@ class Roster:
 
         Raises:
             ConfigError: If the run does not know the client, or the rank is more than it may train.
+            Hasty: If the client changes what it said too often.
         """
         offered = self.offered.get(caller.name)
         if offered is None:
@@ -90,6 +100,8 @@ class Roster:
         certificate = caller.certificate.decode()
         row = (rank, 1, certificate)
         known = self._store.db.rows("SELECT rank, present, certificate FROM clients WHERE client_id = ?", caller.name)
+        if known != [row] and not self._changes[caller.name].take():
+            raise Hasty(f"client {caller.name}: registered with changes too often. Wait a minute.")
         with self._store.db.change() as connection:
             connection.execute(
                 "INSERT INTO clients VALUES (?, ?, ?, 1, ?) ON CONFLICT (client_id) DO UPDATE SET "
@@ -112,6 +124,15 @@ class Roster:
         for name in struck:
             self.leave(name)
         return struck
+
+    def gone(self, access: Access) -> dict[str, str]:
+        """Sites that the run names and that are not in it now: `left`, `revoked`, or `absent` as they never came."""
+        found = dict(self._store.db.rows("SELECT client_id, certificate FROM clients WHERE NOT present"))
+        why = {name: "absent" for name in self.offered if name not in self.known()}
+        for name, certificate in found.items():
+            revoked = certificate and access.is_revoked_serial(peer_of(certificate.encode()).serial)
+            why[name] = "revoked" if revoked else "left"
+        return dict(sorted(why.items()))
 
     def leave(self, client_id: str) -> None:
         """The client takes no part in later rounds, until it registers again."""
@@ -147,6 +168,11 @@ class Roster:
         found = self._store.db.rows("SELECT client_id, rank FROM clients WHERE present ORDER BY client_id")
         return {client: self._budget(rank) for client, rank in found}
 
+    def known(self) -> dict[str, Budget]:
+        """Everyone who has ever registered."""
+        found = self._store.db.rows("SELECT client_id, rank FROM clients ORDER BY client_id")
+        return {client: self._budget(rank) for client, rank in found}
+
     def _budget(self, rank: int) -> Budget:
         if rank not in self._budgets:
             self._budgets[rank] = budget(self._config, self._spec, rank)
@@ -162,13 +188,16 @@ class Roster:
             return {}
         return {client: one for client, one in self.registered().items() if self.silent_s(client) == float("inf")}
 
-    def present(self, round_number: int, mailbox: Mailbox, held_back: Callable[[], bool]) -> Mapping[str, Budget]:
+    def present(
+        self, round_number: int, mailbox: Mailbox, held_back: Callable[[], bool], again: bool = False
+    ) -> Mapping[str, Budget]:
         """Whom a round may ask; waits until enough are there.
 
         Args:
             round_number: From 1.
             mailbox: Whose wait an operator can end.
             held_back: Whether an operator has paused the run.
+            again: Whether the round has missed its quorum before: who has not dialled since is not there.
 
         Returns:
             Client id -> budget.
@@ -186,7 +215,7 @@ class Roster:
             else:
                 ready = {
                     client: one
-                    for client, one in {**self.missed(patience), **self.heard(patience)}.items()
+                    for client, one in {**({} if again else self.missed(patience)), **self.heard(patience)}.items()
                     if self._joins.get(client, 1) <= round_number
                 }
                 waited = self._clock.monotonic() - started

@@ -15,6 +15,7 @@ from lamina.protos import statements as st
 from lamina.protos.errors import ConfigError
 from lamina.protos.messages import Instruction, Reply
 from lamina.server.port.access import Caller, refuse
+from lamina.server.port.roster import Hasty
 from lamina.server.port.run import EARLY, Run, count, verifier
 from lamina.server.port.terms import terms
 from lamina.server.port.uploads import Uploads
@@ -60,6 +61,8 @@ class Sites(Uploads):
             refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ConfigError as error:
             refuse(context, _OUT_OF_TURN, str(error))
+        except Hasty as error:
+            refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         chosen = rank or run.roster.offered[caller.name]
         told = terms(run.config, run.campaign, run.spec, caller.name, chosen, budget, run.consortium)
         return pb.Registered(terms=st.signed(st.TERMS, told, run.sign), certificate=run.certificate)

@@ -27,6 +27,8 @@ from lamina.server.port.access import Caller, refuse
 from lamina.server.port.run import EARLY, Run, count, verifier
 from lamina.server.store.deployment import Received
 
+# Updates and messages of one client that may be refused in a round before no further update of it is taken in.
+_TRIES = 64
 _ACK_BYTES = 8 * 1024**2
 _OUT_OF_TURN = grpc.StatusCode.FAILED_PRECONDITION
 
@@ -149,6 +151,10 @@ class Uploads(CoordinatorServicer):
         known = run.store.known(run.store.counting_round(), caller.name)
         if known is not None and known[1] != "rejected":
             raise _Refused("duplicate", "another update of this round is here already.", grpc.StatusCode.ALREADY_EXISTS)
+        if run.store.times_refused(run.store.counting_round(), caller.name) > _TRIES:
+            raise _Refused(
+                "too-many", "too many updates of this round were refused.", grpc.StatusCode.PERMISSION_DENIED
+            )
         budget = run.roster.registered().get(caller.name)
         if budget is None:
             raise _Refused("wrong-client", "expected a client that is registered. Register again.", _OUT_OF_TURN)

@@ -140,6 +140,16 @@ class Store:
     def open(self, opened: Opened) -> None:
         """Return only when a restarted loop would find the round open."""
 
+    def miss(self, round_number: int) -> None:
+        """The round had too few updates: a loop that is started again asks again."""
+
+    def missed(self, round_number: int) -> bool:
+        """Whether the open round had too few updates."""
+        return False
+
+    def open_again(self, opened: Opened) -> None:
+        """As `open`, of a round that was missed: what failed or was refused in it is no answer any more."""
+
     def collected(self, round_number: int) -> Collected:
         """What had been admitted and rejected before an interruption."""
         return Collected()

@@ -115,24 +115,33 @@ class DeploymentStore(RunDirectory):
 
     def open(self, opened: Opened) -> None:
         """The round with everyone's instruction."""
-        budgets = {repr(one.budget): budget_document(one.budget) for one in opened.sent.values()}
-        names = {key: str(index) for index, key in enumerate(budgets)}
-        document = {
-            "wanted": opened.wanted,
-            "budgets": {names[key]: budget for key, budget in budgets.items()},
-            "sent": {
-                client: {
-                    "instruction": instruction_document(one.instruction),
-                    "budget": names[repr(one.budget)],
-                }
-                for client, one in opened.sent.items()
-            },
-        }
-        releases = sorted({one.instruction.release_hash for one in opened.sent.values()})
         with self.db.change() as connection:
-            connection.execute("INSERT INTO rounds (round, opened) VALUES (?, ?)", (opened.round, json.dumps(document)))
-            self.log(connection, "round", round=opened.round, asked=sorted(opened.sent), releases=releases)
+            query = "INSERT INTO rounds (round, opened) VALUES (?, ?)"
+            connection.execute(query, (opened.round, _document(opened)))
+            self._log_open(connection, opened)
         self.mirror()
+
+    def open_again(self, opened: Opened) -> None:
+        """The round with more clients; refusals in it are still counted, but answer nothing."""
+        with self.db.change() as connection:
+            query = "UPDATE rounds SET opened = ? WHERE round = ?"
+            connection.execute(query, (_document(opened), opened.round))
+            connection.execute("UPDATE rejections SET final = 0 WHERE round = ?", (opened.round,))
+            set_fact(connection, "missed", "")
+            self._log_open(connection, opened)
+        self.mirror()
+
+    def _log_open(self, connection: Any, opened: Opened) -> None:
+        releases = sorted({one.instruction.release_hash for one in opened.sent.values()})
+        self.log(connection, "round", round=opened.round, asked=sorted(opened.sent), releases=releases)
+
+    def miss(self, round_number: int) -> None:
+        """The round had too few updates."""
+        self.note("missed", {"missed": str(round_number)}, round=round_number)
+
+    def missed(self, round_number: int) -> bool:
+        """Whether the open round had too few updates."""
+        return self.db.fact("missed") == str(round_number)
 
     def opened(self, round_number: int) -> Opened | None:
         """The round as it was opened, its releases read from their blobs."""
@@ -242,7 +251,7 @@ class DeploymentStore(RunDirectory):
                 )
             connection.execute(
                 "INSERT INTO rejections VALUES (?, ?, ?, ?, ?, 1) "
-                "ON CONFLICT (round, client_id, reason) DO UPDATE SET times = times + 1",
+                "ON CONFLICT (round, client_id, reason) DO UPDATE SET times = times + 1, final = max(final, excluded.final)",
                 (*key, rejection.message[:500], rejection.final),
             )
             if rejection.final:
@@ -251,6 +260,11 @@ class DeploymentStore(RunDirectory):
                     key[:2],
                 )
         self.mirror()
+
+    def times_refused(self, round_number: int, client_id: str) -> int:
+        """How often a client was refused something in a round."""
+        query = "SELECT COALESCE(SUM(times), 0) FROM rejections WHERE round = ? AND client_id = ?"
+        return int(self.db.rows(query, round_number, client_id)[0][0])
 
     def refused(self, round_number: int) -> list[Rejection]:
         """Refusals of messages that were no answer."""
@@ -378,3 +392,18 @@ class DeploymentStore(RunDirectory):
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _document(opened: Opened) -> str:
+    """A round as the database keeps it; equal budgets are written once."""
+    budgets = {repr(one.budget): budget_document(one.budget) for one in opened.sent.values()}
+    names = {key: str(index) for index, key in enumerate(budgets)}
+    document = {
+        "wanted": opened.wanted,
+        "budgets": {names[key]: budget for key, budget in budgets.items()},
+        "sent": {
+            client: {"instruction": instruction_document(one.instruction), "budget": names[repr(one.budget)]}
+            for client, one in opened.sent.items()
+        },
+    }
+    return json.dumps(document)

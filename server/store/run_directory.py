@@ -145,12 +145,7 @@ def from_checkpoint(path: Path, identity: Mapping[str, Any], last: Checkpoint | 
     if last is None:
         write_atomic(path / "rounds.jsonl", "")
         return None
-    for key, wanted in last.identity.items():
-        if identity.get(key) != wanted:
-            raise CheckpointError(
-                f"{path}: expected {key} {_short(wanted)} as in its checkpoint, got {_short(identity.get(key))}. "
-                "Resume with the base, data and settings that the run began with."
-            )
+    check_same(path, identity, last.identity)
     written = {record["round"]: record for record in read_records(path) if record["round"] <= last.state.round}
     if any(number not in written for number in range(1, last.state.round)):
         raise CheckpointError(
@@ -159,6 +154,25 @@ def from_checkpoint(path: Path, identity: Mapping[str, Any], last: Checkpoint | 
     _write_records(path, [written[number] for number in sorted(written)])
     record, announced = written.get(last.state.round, last.record), last.state.round in written
     return Resumed(last, Completed(last.state, record, (), {}, {}, last.held, announced=announced))
+
+
+def check_same(path: Path, identity: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Raise unless a run is gone on with as it began.
+
+    Args:
+        path: The run directory.
+        identity: What the run is now.
+        before: What it was.
+
+    Raises:
+        CheckpointError: If a setting that changes the result differs.
+    """
+    for key, wanted in before.items():
+        if identity.get(key) != wanted:
+            raise CheckpointError(
+                f"{path}: expected {key} {_short(wanted)} as the run began with, got {_short(identity.get(key))}. "
+                "Resume with the same base, data and settings, or give another output."
+            )
 
 
 def _short(value: object) -> str:
