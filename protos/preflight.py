@@ -39,12 +39,12 @@ _FRAME_BYTES, _SETTINGS = 9, 4
 # OpenSSL's name of the server's alert -> why it does not accept our certificate.
 _ALERTS = {
     "CERTIFICATE_EXPIRED": "says that it has expired; compare its dates and the server's clock",
-    "CERTIFICATE_REVOKED": "says that it was revoked; ask the consortium's operator for a new invite",
+    "CERTIFICATE_REVOKED": "says that it was revoked; ask whoever keeps the CA for a new invite",
     "UNKNOWN_CA": "knows another CA; ask its operator for the fingerprint of its ca.pem and compare it with yours",
     "BAD_CERTIFICATE": "does not accept it; ask its operator whether it is of this consortium and not revoked",
     "CERTIFICATE_UNKNOWN": "does not accept it; ask its operator whether it is of this consortium and not revoked",
     "CERTIFICATE_REQUIRED": "got none; the identity's files are not those of a client",
-    "UNSUPPORTED_CERTIFICATE": "does not accept its kind; enrol again with `lamina pki enroll`",
+    "UNSUPPORTED_CERTIFICATE": "does not accept its kind; enroll again with `lamina pki enroll`",
     "ACCESS_DENIED": "denies access to it; ask its operator whether this site may take part",
 }
 _CLOSED = (

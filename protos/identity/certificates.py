@@ -218,7 +218,7 @@ def date_problem(what: str, start: datetime, end: datetime, now: datetime) -> st
         return f"{what}: valid from {stamp(start)}, but {clock}. Set the clock, or wait."
     if now > end:
         return (
-            f"{what}: expired at {stamp(end)}, and {clock}. If the clock is right, ask the operator for a new invite."
+            f"{what}: expired at {stamp(end)}, and {clock}. If the clock is right, ask whoever keeps the CA for a new invite."
         )
     return ""
 

@@ -16,9 +16,9 @@ from lamina.protos.errors import ConfigError, IdentityError, nearest
 from lamina.protos.files import write_atomic
 from lamina.protos.identity import Peer, load, require_tls13, verified_peer
 from lamina.protos.identity import authority as pki
-from lamina.protos.identity.certificates import fingerprint, general_name, stamp
-from lamina.protos.identity.folder import write_secret
-from lamina.protos.identity.ledger import read_ledger
+from lamina.protos.identity.certificates import certificate, consortium_of, fingerprint, general_name, stamp
+from lamina.protos.identity.folder import CA, write_secret
+from lamina.protos.identity.ledger import Issued, read_ledger
 from lamina.protos.identity.requests import MAX_REQUEST_BYTES, invite_bytes, read_invite
 from lamina.protos.identity.site import accept, accept_renewal, address_of, prepare, prepare_renewal
 from lamina.protos.words import flag, parsed
@@ -99,14 +99,14 @@ def _enroll(words: Sequence[str]) -> int:
     folder = Path(settings["output"])
     invite = read_invite(Path(source).read_bytes(), source)
     if settings["certificate"]:
-        return _installed(folder, accept(folder, Path(settings["certificate"]).read_bytes(), invite, _now()))
+        return _enrolled(folder, accept(folder, Path(settings["certificate"]).read_bytes(), invite, _now()))
     request = prepare(folder, invite, _now())
     pem = _answered("enrol", request, invite.ca_pem, settings, invite.enrolment)
     if pem is None:
-        print(f"{folder / 'request.json'}: send it to the operator of the CA; then, with the answer:")
+        print(f"{folder / 'request.json'}: send it to whoever keeps the CA; then, with the answer:")
         print(f"  lamina pki enroll {source} output={folder} certificate=FILE")
         return 0
-    return _installed(folder, accept(folder, pem, invite, _now()))
+    return _enrolled(folder, accept(folder, pem, invite, _now()))
 
 
 def _renew(words: Sequence[str]) -> int:
@@ -119,7 +119,7 @@ def _renew(words: Sequence[str]) -> int:
     request = prepare_renewal(folder, flag(settings, "rotate_signing_key"))
     pem = _answered("renew", request, identity.ca_pem, settings, address_of(folder))
     if pem is None:
-        print(f"{folder / 'request.json'}: send it to the operator of the CA; then, with the answer:")
+        print(f"{folder / 'request.json'}: send it to whoever keeps the CA; then, with the answer:")
         print(f"  lamina pki renew {folder} certificate=FILE")
         return 0
     return _installed(folder, accept_renewal(folder, pem, _now()))
@@ -143,9 +143,14 @@ def _answered(kind: str, request: bytes, ca_pem: bytes, settings: Mapping[str, s
 
 
 def _installed(folder: Path, peer: Peer) -> int:
+def _enrolled(folder: Path, peer: Peer) -> int:
+    _installed(folder, peer)
+    print(f"CA fingerprint {fingerprint(load(folder).ca_pem)}; compare it with what `lamina pki list` shows at the CA.")
+    return 0
+
+
     identity = load(folder)
     print(f"{folder}: {peer.name}, {peer.role} of {peer.consortium}, until {stamp(peer.not_after)}")
-    print(f"CA fingerprint {fingerprint(identity.ca_pem)}; compare it with the operator's.")
     return 0
 
 
@@ -200,9 +205,13 @@ def _list(words: Sequence[str]) -> int:
     (place,), _ = _parsed("list", [word for word in words if word != "--json"], 1, {})
     folder, now = Path(place), _now()
     ledger = read_ledger(folder)
+    ca_pem = (folder / CA).read_bytes()
+    ca = {"consortium": consortium_of(certificate(ca_pem, CA)), "fingerprint": fingerprint(ca_pem)}
+    # A renewal leaves the one before it valid, for as long as its dates say.
+    newest = {one.name: one.serial for one in ledger.certificates if one.live(now)}
     certificates = [
         {key: getattr(one, key) for key in ("name", "role", "serial", "not_after", "hosts", "revoked")}
-        | {"state": "revoked" if one.revoked else "valid" if one.live(now) else "expired"}
+        | {"state": _state(one, now, newest)}
         for one in ledger.certificates
     ]
     invites = [
@@ -211,8 +220,9 @@ def _list(words: Sequence[str]) -> int:
         for one in ledger.invites
     ]
     if "--json" in words:
-        print(json.dumps({"certificates": certificates, "invites": invites}, indent=1))
+        print(json.dumps({"ca": ca, "certificates": certificates, "invites": invites}, indent=1))
         return 0
+    print(f"{folder}: the CA of {ca['consortium']}, fingerprint {ca['fingerprint']}")
     for one in certificates:
         print(
             f"{one['name']:<24} {one['role']:<12} {one['state']:<10} until {one['not_after']}  serial {one['serial']}"
@@ -221,8 +231,16 @@ def _list(words: Sequence[str]) -> int:
         if one["state"] != "used":
             print(f"{one['name']:<24} {one['role']:<12} invite {one['state']}, until {one['expires']}")
     if not certificates and not invites:
-        print(f"{folder}: no certificates and no invites yet.")
+        print("no certificates and no invites yet")
     return 0
+
+
+def _state(one: Issued, now: datetime, newest: Mapping[str, str]) -> str:
+    if one.revoked:
+        return "revoked"
+    if not one.live(now):
+        return "expired"
+    return "valid" if newest[one.name] == one.serial else "superseded"
 
 
 _COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {

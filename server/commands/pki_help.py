@@ -52,7 +52,7 @@ examples:
 usage: lamina pki enroll INVITE output=DIR [ca=CA_DIR | certificate=FILE] [address=HOST:PORT] [online=true]
 
 Makes keys in DIR, where they stay, and has them certified: by the listener that the invite names (or address=), by the CA
-folder at hand (ca=), or by files: DIR/request.json goes to the CA's operator, certificate=FILE installs the answer.
+folder at hand (ca=), or by files: DIR/request.json goes to whoever keeps the CA, certificate=FILE installs the answer.
 online=false goes by files though the invite names a listener. Given again after a failure, it continues.
 
 examples:
@@ -100,7 +100,8 @@ examples:
     "list": """\
 usage: lamina pki list CA_DIR [--json]
 
-Certificates and invites, with their states.
+The CA's fingerprint, certificates and invites, with their states. A certificate that was renewed is superseded: it stays valid
+until its date unless it is revoked by its serial number.
 
 examples:
   lamina pki list ca

@@ -145,7 +145,7 @@ class Access:
             refuse(context, grpc.StatusCode.UNAUTHENTICATED, str(error))
         self.check_open(caller, context)
         if caller.role not in METHOD_ROLES.get(method, frozenset()):
-            allowed = ", ".join(sorted(METHOD_ROLES.get(method, frozenset()))) or "nobody"
+            allowed = " or ".join(sorted(METHOD_ROLES.get(method, frozenset()))) or "nobody"
             refuse(
                 context,
                 grpc.StatusCode.PERMISSION_DENIED,
@@ -159,7 +159,7 @@ class Access:
             refuse(
                 context,
                 grpc.StatusCode.UNAUTHENTICATED,
-                f"the certificate of {caller.name} was revoked. Ask the consortium's operator; a new invite gives a new one.",
+                f"the certificate of {caller.name} was revoked. Ask whoever keeps the CA; a new invite gives a new one.",
             )
 
 

@@ -23,9 +23,9 @@ from lamina.protos.identity.authority import Authority, fulfil, listener_pair
 from lamina.protos.identity.issuing import ENROLMENT_HOST
 from lamina.protos.identity.requests import MAX_REQUEST_BYTES
 
-_REFUSED = "The request was refused. Ask the operator of the CA, whose listener says why."
+_REFUSED = "The request was refused. Ask whoever keeps the CA; its listener says why."
 _BUSY = "Too many requests. Try again in a minute."
-_FAULT = "The CA could not answer. Ask its operator."
+_FAULT = "The CA could not answer. Ask whoever keeps it."
 _MESSAGE_BYTES = MAX_REQUEST_BYTES + 64
 _TIMEOUT_S = 20.0
 
@@ -69,7 +69,7 @@ class Listener:
     Args:
         authority: The opened CA.
         address: `host:port`; port 0 takes a free one.
-        say: Takes a line for each request, for the operator.
+        say: Takes a line for each request, for whoever keeps the CA.
         bucket: Limits all callers together.
         now: This machine's time.
     """
@@ -195,7 +195,7 @@ def _failure(address: str, error: Any) -> ConfigError | IdentityError:
     if any(word in details for word in ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification", "WRONG_VERSION")):
         return IdentityError(
             f"{address}: expected the listener of the CA in the invite, got a server that is not. Check the address, and"
-            " compare the CA's fingerprint with its operator."
+            " compare the CA's fingerprint with that of whoever keeps it."
         )
     if code == grpc.StatusCode.INTERNAL:
         return IdentityError(f"{address}: {_FAULT}")

@@ -13,6 +13,7 @@ import pytest
 from lamina.protos import identity
 from lamina.protos.errors import ConfigError, LaminaError
 from lamina.protos.identity import authority as pki
+from lamina.protos.identity import certificates
 from lamina.protos.identity.authority import Authority
 from lamina.protos.identity.ledger import read_ledger
 from lamina.server.commands.pki import _COMMANDS, main
@@ -61,12 +62,26 @@ def test_by_files(ca: Authority, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(one.ok for one in identity.check(Path("north"), now(), "client"))
     assert not Path("north/request.json").exists()
 
+    fingerprint = f"fingerprint {certificates.fingerprint(ca.ca_pem)}"
+    assert fingerprint in capsys.readouterr().out
+
     run("renew north")
     run("sign ca north/request.json")
     run("renew north certificate=certificate.pem")
+    assert fingerprint not in capsys.readouterr().out  # nothing new is trusted
     renewed = identity.load(Path("north")).peer
     assert renewed.serial != peer.serial
     assert renewed.signing_key == peer.signing_key
+    run("list ca")
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"ca: the CA of hospitals, {fingerprint}"
+    assert [line.split()[2] for line in lines] == ["superseded", "valid"]
+    run(f"revoke ca serial={renewed.serial:x}")
+    capsys.readouterr()
+    run("list ca --json")
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["ca"] == {"consortium": "hospitals", "fingerprint": certificates.fingerprint(ca.ca_pem)}
+    assert [one["state"] for one in listed["certificates"]] == ["valid", "revoked"]
 
 
 def test_with_the_ca_at_hand(ca: Authority) -> None:
