@@ -142,14 +142,13 @@ def _answered(kind: str, request: bytes, ca_pem: bytes, settings: Mapping[str, s
     return ask(_address("address", address), ca_pem, kind, request)
 
 
-def _installed(folder: Path, peer: Peer) -> int:
 def _enrolled(folder: Path, peer: Peer) -> int:
     _installed(folder, peer)
     print(f"CA fingerprint {fingerprint(load(folder).ca_pem)}; compare it with what `lamina pki list` shows at the CA.")
     return 0
 
 
-    identity = load(folder)
+def _installed(folder: Path, peer: Peer) -> int:
     print(f"{folder}: {peer.name}, {peer.role} of {peer.consortium}, until {stamp(peer.not_after)}")
     return 0
 
