@@ -97,7 +97,7 @@ def serve_stream(folder: Path, repeats: int) -> None:
     config = config_of(words(folder, repeats, 1, RANK))
     opened = open_run(config, folder / "run", lambda event, **fields: None, SYSTEM)
     run = opened.run
-    server, port, _ = listen(run, opened.identity)
+    server, port, _ = listen(run, opened.identity, lambda event, **fields: None)
     print(port, flush=True)
     for number in range(1, repeats + 1):
         release = run.store.blobs.put(os.urandom(peers.ADAPTER_BYTES))

@@ -261,16 +261,19 @@ def identity(folder: Path, now: datetime, revocations: Path | None = None) -> It
     Yields:
         Findings.
     """
-    yield from map(_line, check(folder, now))
+    yield from map(_line, check(folder, now, None, revocations))
 
 
-def coordinator(folder: Path | None, where: str, now: datetime, *, timeout_s: float = 5.0) -> Iterator[Line]:
+def coordinator(
+    folder: Path | None, where: str, now: datetime, *, revocations: Path | None = None, timeout_s: float = 5.0
+) -> Iterator[Line]:
     """The identity, the way to the coordinator, and its clock.
 
     Args:
         folder: Of the certificate and keys; None for a coordinator without certificates.
         where: `host:port`.
         now: This machine's time, aware.
+        revocations: The consortium's list of revoked certificates, or None.
         timeout_s: Longest wait for each step.
 
     Yields:
@@ -284,7 +287,7 @@ def coordinator(folder: Path | None, where: str, now: datetime, *, timeout_s: fl
         yield from map(_line, plain(where, timeout_s=timeout_s))
         return
     began = time.monotonic()
-    found = preflight(folder, where, now, None, timeout_s=timeout_s)
+    found = preflight(folder, where, now, None, revocations=revocations, timeout_s=timeout_s)
     yield from map(_line, found)
     if all(one.ok for one in found):
         yield from _asked(folder, where, now + timedelta(seconds=time.monotonic() - began), timeout_s)

@@ -17,7 +17,7 @@ from lamina.protos import coordinator_pb2 as pb
 from lamina.protos import statements as st
 from lamina.protos.clock import Clock
 from lamina.protos.errors import IdentityError, LaminaError
-from lamina.protos.identity import Identity, sign, verified_peer, verify
+from lamina.protos.identity import Identity, check_in_force, sign, verified_peer, verify
 from lamina.protos.link import Address, Link, Unreachable
 
 VERSIONS = (st.PROTOCOL,)
@@ -79,6 +79,7 @@ class Settings:
         rank: To ask for; None takes what is offered.
         stay: Wait for the next run after the end of one.
         give_up_s: End when the coordinator was out of reach for so long; None never.
+        revocations: The consortium's list of revoked certificates, read at every registration; None where the site has none.
         explain: Why the coordinator cannot be reached, as an error where trying again will not help.
     """
 
@@ -88,6 +89,7 @@ class Settings:
     rank: int | None = None
     stay: bool = False
     give_up_s: float | None = None
+    revocations: Path | None = None
     explain: Callable[[], LaminaError | None] = lambda: None
 
 
@@ -186,6 +188,8 @@ class Listener:
         name, key = None, None
         if identity is not None:
             coordinator = verified_peer(answer.certificate, identity.ca_pem, self._clock.now(), "coordinator")
+            if self._settings.revocations is not None:
+                check_in_force(coordinator, self._settings.revocations, identity.ca_pem)
             name, key = coordinator.name, coordinator.signing_key
         terms = st.read(answer.terms, st.TERMS, verifier(key))
         policies.check_terms(policy, terms, name)

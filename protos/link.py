@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ _AGAIN = (
 DATA_LOSS = grpc.StatusCode.DATA_LOSS
 _TRUST = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 _CALL_S = 30.0
+_HUNG_UP = "this side has hung up."  # gRPC raises ValueError on a closed channel
 
 
 class Unreachable(LaminaError):
@@ -146,6 +147,8 @@ class Link:
             return getattr(self.stub, method)(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise translated(error) from None
+        except ValueError:
+            raise Unreachable(_HUNG_UP) from None
 
     def stream(self, method: str, request: Any) -> Iterator[Any]:
         """One question, answers for as long as there are any.
@@ -161,7 +164,10 @@ class Link:
             Unreachable: If the connection broke.
             Refused: If the coordinator ended it.
         """
-        call = getattr(self.stub, method)(request, metadata=self._metadata)
+        try:
+            call = getattr(self.stub, method)(request, metadata=self._metadata)
+        except ValueError:
+            raise Unreachable(_HUNG_UP) from None
         try:
             yield from call
         except grpc.RpcError as error:
@@ -183,31 +189,50 @@ class Link:
             Unreachable: If the connection broke; what came is kept.
             Refused: If the coordinator has no such blob for this client, or sent other content.
         """
-        whole, part = folder / blob.sha256, folder / f"{blob.sha256}.part"
+        whole = folder / blob.sha256
+        self._complete(blob, whole, "Download", lambda offset: pb.DownloadRequest(sha256=blob.sha256, offset=offset))
+        return Blob(blob.sha256, blob.num_bytes, whole)
+
+    def fetch(self, name: str, blob: Blob, whole: Path) -> None:
+        """Fetch a file of a run directory, from the byte where an earlier try broke off.
+
+        Args:
+            name: The file's, at the coordinator.
+            blob: Its hash and length when it was listed.
+            whole: Where it is put, once its content is checked.
+
+        Raises:
+            Unreachable: If the connection broke; what came is kept.
+            Refused: If it is not there, or is another version by now; nothing of that is kept.
+        """
+        self._complete(blob, whole, "Fetch", lambda offset: pb.FetchRequest(name=name, offset=offset))
+
+    def _complete(self, blob: Blob, whole: Path, method: str, request: Callable[[int], Any]) -> None:
+        """Have a blob whole in a file; `request` asks for what follows a byte."""
+        part = whole.with_name(f"{whole.name}.part")
         if whole.is_file() and file_digest(whole).hexdigest() == blob.sha256:
-            return Blob(blob.sha256, blob.num_bytes, whole)
-        folder.mkdir(parents=True, exist_ok=True)
+            return
+        whole.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
         if part.stat().st_size > blob.num_bytes:
             part.unlink()
             part.touch()
         with Growing(part) as growing:
             if growing.size < blob.num_bytes:
-                request = pb.DownloadRequest(sha256=blob.sha256, offset=growing.size)
-                for piece in self.stream("Download", request):
-                    growing.write(piece.data)
+                for piece in self.stream(method, request(growing.size)):
+                    # A log may have grown since it was listed.
+                    growing.write(piece.data[: blob.num_bytes - growing.size])
                     if growing.size >= blob.num_bytes:
                         break
             if growing.size < blob.num_bytes:
                 raise Unreachable(f"the download broke off at {growing.size} of {blob.num_bytes} bytes.")
             found = growing.finish()
-        if growing.size > blob.num_bytes or found != blob.sha256:
+        if found != blob.sha256:
             part.unlink()
             raise Refused(
                 grpc.StatusCode.DATA_LOSS, f"expected {blob.sha256[:12]}…, the coordinator sent other content."
             )
         os.replace(part, whole)
-        return Blob(blob.sha256, blob.num_bytes, whole)
 
     def upload(self, claim: pb.Signed, path: Path, chunk_bytes: int) -> None:
         """Send a file, from the byte that the coordinator lacks; returns when the coordinator has it on disk.

@@ -27,6 +27,7 @@ from lamina.protos.identity.certificates import (
     issued_by,
     stamp,
 )
+from lamina.protos.identity.checks import in_force
 from lamina.protos.identity.folder import CA, CERTIFICATE, TLS_KEY, set_of
 
 # Findings about the way to the server; every other is about who it is, or who we are.
@@ -60,7 +61,13 @@ class _NotReachedError(Exception):
 
 
 def preflight(
-    identity: Path, coordinator: str, now: datetime, role: str | None = "client", *, timeout_s: float = 5.0
+    identity: Path,
+    coordinator: str,
+    now: datetime,
+    role: str | None = "client",
+    *,
+    revocations: Path | None = None,
+    timeout_s: float = 5.0,
 ) -> list[Finding]:
     """Look at everything between this site and a coordinator's first answer. Nothing is sent but handshakes.
 
@@ -69,6 +76,7 @@ def preflight(
         coordinator: `host:port`.
         now: This machine's time, aware.
         role: That the identity must have; None accepts any.
+        revocations: The consortium's list of revoked certificates, or None.
         timeout_s: Longest wait for each step of the server.
 
     Returns:
@@ -78,7 +86,7 @@ def preflight(
         ConfigError: If `coordinator` is no host:port.
     """
     host, port = address("coordinator", coordinator)
-    findings = check(identity, now, role)
+    findings = check(identity, now, role, revocations)
     usable = all(one.ok or one.what not in ("files", "keys") for one in findings)
     try:
         presented = _presented(host, port, timeout_s)
@@ -86,7 +94,7 @@ def preflight(
         if not usable:
             return findings
         base = set_of(identity)
-        server = _server(presented, (base / CA).read_bytes(), host, now)
+        server = _server(presented, (base / CA).read_bytes(), host, now, revocations)
         findings += server
         if all(one.ok for one in server):
             findings.append(_accepted(base, host, port, timeout_s))
@@ -236,7 +244,7 @@ def _explained() -> Iterator[None]:
         ) from None
 
 
-def _server(der: bytes, ca_pem: bytes, host: str, now: datetime) -> list[Finding]:
+def _server(der: bytes, ca_pem: bytes, host: str, now: datetime, revocations: Path | None) -> list[Finding]:
     """What the server's certificate says, against the CA, the clock, and what a coordinator's says."""
     try:
         found = x509.load_der_x509_certificate(der)
@@ -259,7 +267,7 @@ def _server(der: bytes, ca_pem: bytes, host: str, now: datetime) -> list[Finding
         Finding(True, "server issuer", f"The server's certificate is of the CA of {consortium_of(ca)}."),
         _dates(found, now),
         _host(names, host),
-        _role(pem),
+        *_role(pem, ca_pem, revocations),
     ]
 
 
@@ -305,15 +313,20 @@ def _host(names: list[str], host: str) -> Finding:
     return Finding(False, "server host", told)
 
 
-def _role(pem: bytes) -> Finding:
+def _role(pem: bytes, ca_pem: bytes, revocations: Path | None) -> Iterator[Finding]:
+    """Whether it is a coordinator, and one that is not revoked."""
     try:
         peer = peer_of(pem)
     except IdentityError as error:
-        return Finding(False, "server role", f"The server: {error}")
+        yield Finding(False, "server role", f"The server: {error}")
+        return
     if peer.role != "coordinator":
         told = f"The server: expected role coordinator, got {peer.role} ({peer.name}). Check host and port, and who runs it."
-        return Finding(False, "server role", told)
-    return Finding(True, "server role", f"The server is {peer.name}, coordinator of {peer.consortium}.")
+        yield Finding(False, "server role", told)
+        return
+    yield Finding(True, "server role", f"The server is {peer.name}, coordinator of {peer.consortium}.")
+    if revocations is not None:
+        yield in_force("server revocations", peer, revocations, ca_pem)
 
 
 def _accepted(base: Path, host: str, port: int, timeout_s: float) -> Finding:

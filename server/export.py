@@ -73,13 +73,14 @@ def peft_tensors(adapter: Adapter) -> dict[str, Array]:
     return tensors
 
 
-def write_adapter(folder: Path, adapter: Adapter, spec: AdapterSpec) -> None:
+def write_adapter(folder: Path, adapter: Adapter, spec: AdapterSpec, more: Mapping[str, bytes] | None = None) -> None:
     """Write `adapter_config.json`, `adapter_model.safetensors` and `spec.json`; the folder appears whole.
 
     Args:
         folder: Where.
         adapter: The global adapter.
         spec: What it belongs to.
+        more: Further files, name -> content.
     """
     write_folder(
         folder,
@@ -87,6 +88,7 @@ def write_adapter(folder: Path, adapter: Adapter, spec: AdapterSpec) -> None:
             "adapter_config.json": (json.dumps(peft_config(adapter, spec), indent=1) + "\n").encode(),
             "adapter_model.safetensors": bytes(save(peft_tensors(adapter), {"format": "pt"})),
             "spec.json": spec.to_json().encode(),
+            **(more or {}),
         },
     )
 

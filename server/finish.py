@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,18 @@ def _per_client(run: Run, base: Evaluation | None, final: Evaluation | None) -> 
         if "accuracy" in after:
             found[client] |= {"base_accuracy": before.get("accuracy"), "final_accuracy": after["accuracy"]}
     return found
+
+
+def clear_results(path: Path) -> None:
+    """Remove what the end of a run wrote, as the run goes on.
+
+    Args:
+        path: The run directory.
+    """
+    for name in ("adapter", "latest"):
+        shutil.rmtree(path / name, ignore_errors=True)
+    for name in ("summary.json", "layers.json", "report.html"):
+        (path / name).unlink(missing_ok=True)
 
 
 def write_results(

@@ -55,7 +55,7 @@ class Remote:
         """Fetch every file that may be, each from the byte where an earlier fetch broke off, as it was when it was listed."""
         for _ in range(_TRIES):
             listed = json.loads(self._link.call("ListFiles", pb.FilesRequest(), _LIST_S).json)
-            if all([self._fetched(output, **one) for one in listed]):
+            if all(self._fetched(output, **one) for one in listed):
                 num_bytes = sum(one["num_bytes"] for one in listed)
                 return {"output": str(output), "files": len(listed), "num_bytes": num_bytes}
         raise LaminaError(

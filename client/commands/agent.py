@@ -75,13 +75,14 @@ def main(command: str, words: Sequence[str]) -> int:
     log = plain_log() if sys.stderr.isatty() and not as_json else json_log(SYSTEM.now)
     policy = policies.read(Path(config.client.policy) if config.client.policy else None)
     check_exposed(config.client.coordinator, config.insecure, "client.coordinator")
-    identity, folder = None, Path(config.client.identity)
+    identity, folder, revocations = None, Path(config.client.identity), None
     if not config.insecure:
         if not config.client.identity:
             raise IdentityError(
                 "client.identity: expected the folder with this site's certificate, from `lamina pki enroll`."
             )
-        _raise_for([one for one in identities.check(folder, SYSTEM.now(), "client") if not one.ok])
+        revocations = identities.list_of(config.client.revocations, folder)
+        _raise_for([one for one in identities.check(folder, SYSTEM.now(), "client", revocations) if not one.ok])
         identity = identities.load(folder)
     elif not config.client.name:
         raise ConfigError("client.name: expected this client's name, as there is no certificate. Set client.name=NAME.")
@@ -108,6 +109,7 @@ def main(command: str, words: Sequence[str]) -> int:
         rank=config.lora.rank,
         stay=config.client.stay,
         give_up_s=config.client.give_up_s,
+        revocations=revocations,
         explain=explain,
     )
     agent = Agent(settings, SiteWorker(config, policy, lambda text: log("site", message=text)), SYSTEM, log)

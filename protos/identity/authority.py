@@ -30,9 +30,10 @@ from lamina.protos.identity.folder import key_pem, private_key, require_private,
 from lamina.protos.identity.issuing import issue, issue_ca, issue_crl, issue_listener
 from lamina.protos.identity.ledger import LEDGER, Invited, Issued, Ledger, changing, ledger_bytes
 from lamina.protos.identity.requests import Invite, Request, Wanted, proven, read_request, wanted
+from lamina.protos.identity.revocations import CRL
 from lamina.protos.identity.signing import invite_key
 
-CA_KEY, CA_CERTIFICATE, CRL = "ca.key", "ca.pem", "crl.pem"
+CA_KEY, CA_CERTIFICATE = "ca.key", "ca.pem"
 MAX_ATTEMPTS = 5
 MAX_LIVE = 5
 

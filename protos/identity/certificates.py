@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -238,31 +236,6 @@ def issued_by(found: x509.Certificate, ca: x509.Certificate) -> bool:
         return not found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except (InvalidSignature, ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension):
         return False
-
-
-def read_revocations(path: Path, ca_pem: bytes) -> frozenset[int]:
-    """Serial numbers that the CA has revoked. Nothing is assumed when the list cannot be trusted.
-
-    Args:
-        path: A CRL in PEM.
-        ca_pem: The certificate of the CA that must have signed it.
-
-    Returns:
-        The serial numbers.
-
-    Raises:
-        IdentityError: If the list is missing, unreadable, or signed by another.
-    """
-    again = "Copy crl.pem from the CA folder again."
-    try:
-        crl = x509.load_pem_x509_crl(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise IdentityError(f"{path}: expected a revocation list in PEM, got none that can be read. {again}") from error
-    ca = certificate(ca_pem, "the CA's certificate")
-    key = ca.public_key()
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not crl.is_signature_valid(key):
-        raise IdentityError(f"{path}: expected a list signed by the CA {fingerprint(ca_pem)}, got another's. {again}")
-    return frozenset(entry.serial_number for entry in crl)
 
 
 def role_in(extensions: x509.Extensions) -> str:

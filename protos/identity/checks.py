@@ -7,8 +7,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from lamina.protos.errors import IdentityError
-from lamina.protos.identity.certificates import certificate, date_problem, fingerprint, peer_of, stamp
+from lamina.protos.identity.certificates import Peer, certificate, date_problem, fingerprint, peer_of, stamp
 from lamina.protos.identity.folder import CA, CERTIFICATE, FILES, KEYS, mismatch, require_private, set_of, stranger
+from lamina.protos.identity.revocations import check_in_force
 
 # A certificate that ends sooner is worth a warning: renewing by files takes people.
 WARN = timedelta(days=14)
@@ -20,7 +21,7 @@ class Finding:
 
     Args:
         ok: Whether it would let the site work now.
-        what: One of `files`, `permissions`, `keys`, `issuer`, `dates`, `role`.
+        what: One of `files`, `permissions`, `keys`, `issuer`, `dates`, `role`, `revocations`.
         message: A sentence; of a failure with what to do next.
     """
 
@@ -29,13 +30,14 @@ class Finding:
     message: str
 
 
-def check(folder: Path, now: datetime, role: str | None = None) -> list[Finding]:
+def check(folder: Path, now: datetime, role: str | None = None, revocations: Path | None = None) -> list[Finding]:
     """Look at an identity as `lamina doctor` and `lamina client` do before they dial.
 
     Args:
         folder: The identity's folder.
         now: This machine's time, aware.
         role: The role that is needed; None accepts any.
+        revocations: The consortium's list of revoked certificates, or None.
 
     Returns:
         The findings in order; what cannot be looked at because of an earlier failure is left out.
@@ -74,7 +76,28 @@ def check(folder: Path, now: datetime, role: str | None = None) -> list[Finding]
         told = f"{folder}: expected role {role}, got {peer.role} ({peer.name}). Enrol with an invite for role={role}."
         fits = peer.role == role
         findings.append(Finding(fits, "role", f"{peer.name} is {peer.role}." if fits else told))
+    if revocations is not None:
+        findings.append(in_force("revocations", peer, revocations, files[CA]))
     return findings
+
+
+def in_force(what: str, peer: Peer, revocations: Path, ca_pem: bytes) -> Finding:
+    """Whether a certificate is revoked.
+
+    Args:
+        what: The finding's name.
+        peer: Whose certificate.
+        revocations: The consortium's list.
+        ca_pem: The certificate of the CA that must have signed it.
+
+    Returns:
+        The finding.
+    """
+    try:
+        found = check_in_force(peer, revocations, ca_pem)
+    except IdentityError as error:
+        return Finding(False, what, str(error))
+    return Finding(True, what, f"{peer.name} is not on {revocations}, list {found.number} of revoked certificates.")
 
 
 def _permissions(base: Path) -> Finding:

@@ -20,6 +20,7 @@ from lamina.protos.identity.certificates import certificate, consortium_of, fing
 from lamina.protos.identity.folder import CA, write_secret
 from lamina.protos.identity.ledger import Issued, read_ledger
 from lamina.protos.identity.requests import MAX_REQUEST_BYTES, invite_bytes, read_invite
+from lamina.protos.identity.revocations import CRL
 from lamina.protos.identity.site import accept, accept_renewal, address_of, prepare, prepare_renewal
 from lamina.protos.words import flag, parsed
 from lamina.server.commands.pki_help import HELP, USAGE
@@ -196,7 +197,7 @@ def _revoke(words: Sequence[str]) -> int:
     serials = pki.revoke(authority, _now(), name="" if serial else plain[1], serial=serial)
     for one in serials:
         print(f"revoked {one}")
-    print(f"{folder / pki.CRL}: copy it to the coordinator.")
+    print(f"{folder / CRL}: copy it to the coordinator, and to the sites (client.revocations).")
     return 0
 
 

@@ -7,6 +7,7 @@ be one of the method's. Without certificates (`insecure=true`, loopback only) a 
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import grpc
 
 from lamina.protos.clock import SYSTEM, Clock
 from lamina.protos.errors import CheckpointError, IdentityError, StorageError
-from lamina.protos.identity import ROLES, Peer, peer_of, read_revocations
+from lamina.protos.identity import ROLES, Peer, Revocations, peer_of, read_revocations
+from lamina.protos.logs import Log
 from lamina.server.port.calls import Call, Calls
 
 _SITE, _WATCHERS, _OPERATOR = frozenset({"client"}), frozenset({"operator", "auditor"}), frozenset({"operator"})
@@ -61,11 +63,11 @@ class Caller:
 
 
 class Access:
-    """Certificates to callers, and the list of revoked ones, which is read again when its file changes.
+    """Certificates to callers, and the list of revoked ones, which is read again when its file changes and never goes back.
 
     Args:
         ca_pem: The consortium's CA, or None without certificates.
-        revocations: The CRL, or None where there is none.
+        revocations: Where the CRL is, or will be; None without certificates.
         clock: For calls that stand still.
 
     Raises:
@@ -77,30 +79,68 @@ class Access:
         self.calls = Calls(clock)
         self._peers: dict[bytes, Peer] = {}
         self._lock = threading.Lock()
-        self._revoked: frozenset[int] = frozenset()
+        self._in_force = Revocations()
+        self._keep: Callable[[Revocations], None] = lambda found: None
         self._stamp: tuple[int, int] | None = None
         self.fault = ""
         self.broken: StorageError | None = None
-        if ca_pem is not None and revocations is not None:
-            self._revoked, self._stamp = read_revocations(revocations, ca_pem), _stamp(revocations)
+        if ca_pem is not None and revocations is not None and revocations.exists():
+            self._stamp, self._in_force = _stamp(revocations), read_revocations(revocations, ca_pem)
+
+    def remember(self, before: Revocations | None, keep: Callable[[Revocations], None]) -> None:
+        """Go on from the list that the run has seen last; an older one in its place does not take effect.
+
+        Args:
+            before: That list, or None where the run has seen none.
+            keep: Makes a list durable.
+
+        Raises:
+            IdentityError: If the run has seen a list and there is none now.
+        """
+        self._keep = keep
+        if before is not None and self._stamp is None:
+            raise IdentityError(
+                f"{self._path}: expected the list of revoked certificates, number {before.number} or later, which this run has "
+                "seen, found none. Put the consortium's crl.pem there, or name it with coordinator.revocations=."
+            )
+        if self._stamp is not None:
+            found, self._in_force = self._in_force, before or Revocations()
+            self._take(found)
 
     def reload(self) -> None:
-        """Read the list again if its file has changed; one that cannot be read leaves the last in force. End stale calls."""
-        if self._ca is not None and self._path is not None and _stamp(self._path) != self._stamp:
+        """Read the list again if its file has changed; one that cannot be read, or is older, leaves the last in force. End
+        stale calls.
+        """
+        if self._ca is not None and self._path is not None and (stamp := _stamp(self._path)) != self._stamp:
             try:
-                stamp = _stamp(self._path)
-                self._revoked, self._stamp, self.fault = read_revocations(self._path, self._ca), stamp, ""
-            except (IdentityError, OSError) as error:
+                found = read_revocations(self._path, self._ca)
+                self._stamp = stamp
+                self._take(found)
+            except IdentityError as error:
                 self.fault = str(error)
-        self.calls.sweep(lambda serial: serial in self._revoked)
+        self.calls.sweep(self.is_revoked_serial)
+
+    def _take(self, found: Revocations) -> None:
+        """Put a list in force, unless it is older than the one that is."""
+        try:
+            found.check_follows(self._in_force, self._path or Path())
+        except IdentityError as error:
+            self.fault = str(error)
+            return
+        before, self._in_force, self.fault = self._in_force, found, ""
+        if found != before:
+            try:
+                self._keep(found)
+            except StorageError as error:
+                self.broken = error
 
     def is_revoked_serial(self, serial: int) -> bool:
         """Whether a certificate of this serial number is on the list."""
-        return serial in self._revoked
+        return serial in self._in_force.serials
 
     def is_revoked(self, caller: Caller) -> bool:
         """Whether a caller's certificate is on the list."""
-        return caller.serial in self._revoked
+        return self.is_revoked_serial(caller.serial)
 
     def caller(self, context: Any) -> Caller:
         """Who calls.
@@ -188,10 +228,22 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]
 
     Args:
         access: What to check against.
+        log: Told of what no method expects.
     """
 
-    def __init__(self, access: Access) -> None:
-        self._access = access
+    def __init__(self, access: Access, log: Log) -> None:
+        self._access, self._log = access, log
+
+    def _unexpected(self, method: str, error: Exception, context: Any) -> NoReturn:
+        """End a call that failed as nobody expects; its caller learns nothing of this machine."""
+        places = traceback.extract_tb(error.__traceback__)
+        place = " > ".join(f"{Path(one.filename).name}:{one.lineno}" for one in places[-6:])
+        self._log("fault", method=method.rpartition("/")[2], kind=type(error).__name__, place=place)
+        refuse(
+            context,
+            grpc.StatusCode.INTERNAL,
+            "the coordinator failed in this call. Its operator is told; try again later.",
+        )
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
         """The method's handler with the check before it."""
@@ -217,6 +269,12 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]
                 except CheckpointError:
                     told = "the coordinator's files are damaged. Its operator is told; try again later."
                     refuse(context, grpc.StatusCode.INTERNAL, told)
+                except grpc.RpcError:
+                    raise  # the caller is gone
+                except Exception as error:
+                    if context.code() is not None:
+                        raise  # refused
+                    self._unexpected(method, error, context)
 
         def checked(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
             def call(request: Any, context: Any) -> Any:

@@ -11,6 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from lamina.protos.coordinator_pb2_grpc import add_CoordinatorServicer_to_server
 from lamina.protos.errors import ConfigError
 from lamina.protos.identity import Identity
+from lamina.protos.logs import Log
 from lamina.protos.statements import MAX_STATEMENT_BYTES
 from lamina.server.port.access import Gate
 from lamina.server.port.operations import Operators
@@ -25,12 +26,13 @@ class Port(Operators, Sites):
     """All methods of `lamina.v1.Coordinator`."""
 
 
-def listen(run: Run, identity: Identity | None) -> tuple[grpc.Server, int, Any]:
+def listen(run: Run, identity: Identity | None, log: Log) -> tuple[grpc.Server, int, Any]:
     """Open the port.
 
     Args:
         run: What the handlers share.
         identity: The coordinator's, or None without certificates.
+        log: Told of what no method expects.
 
     Returns:
         The running server, the number of its port, and its health.
@@ -43,7 +45,7 @@ def listen(run: Run, identity: Identity | None) -> tuple[grpc.Server, int, Any]:
     limit = max(run.config.wire.chunk_bytes, MAX_STATEMENT_BYTES) + _MESSAGE_SLACK
     server = grpc.server(
         ThreadPoolExecutor(workers, thread_name_prefix="port"),
-        interceptors=[Gate(run.access)],
+        interceptors=[Gate(run.access, log)],
         maximum_concurrent_rpcs=workers,
         options=[
             ("grpc.so_reuseport", 0),  # a second coordinator on the port is an error, not a coin toss

@@ -23,6 +23,7 @@ _FILES = (
     "config.yaml", "rounds.jsonl", "summary.json", "layers.json", "events.jsonl", "ca.pem", "report.html",
     "adapter/*", "latest/*",
 )  # fmt: skip
+_PIECE_BYTES = 1024**2
 # Individual updates leave the coordinator to auditors only.
 _AUDITORS_FILES = ("rounds/*/*.safetensors", "rounds/*/*/*.safetensors")
 
@@ -87,14 +88,15 @@ class Operators(CoordinatorServicer):
 
     def Fetch(self, request: pb.FetchRequest, context: Any) -> Iterator[pb.Part]:
         """One file, from a byte on."""
-        path = self._allowed(context.caller.role).get(request.name)
-        if path is None:
-            refuse(
-                context, grpc.StatusCode.NOT_FOUND, f"{request.name[:200]!r}: no such file. See what ListFiles names."
-            )
-        if request.offset > path.stat().st_size:
-            refuse(context, grpc.StatusCode.OUT_OF_RANGE, f"{request.name}: expected an offset within the file.")
-        with path.open("rb") as file:
+        with self.run.live.files:
+            path = self._allowed(context.caller.role).get(request.name)
+            if path is None:
+                told = f"{request.name[:200]!r}: no such file. See what ListFiles names."
+                refuse(context, grpc.StatusCode.NOT_FOUND, told)
+            file = path.open("rb")
+        with file:
+            if request.offset > os.fstat(file.fileno()).st_size:
+                refuse(context, grpc.StatusCode.OUT_OF_RANGE, f"{request.name}: expected an offset within the file.")
             file.seek(request.offset)
             while data := file.read(self.run.config.wire.chunk_bytes):
                 self.run.access.check_open(context.caller, context)
@@ -108,17 +110,29 @@ class Operators(CoordinatorServicer):
 
     def _latest(self) -> None:
         """While the run goes on, the adapter of its last round under `latest/`."""
-        run, records = self.run, read_records(self.run.store.path)
-        folder = run.store.path / "latest"
-        if not records or (run.store.path / "adapter").exists():
+        run, last = self.run, self.run.live.latest
+        if last is None or not last.round or (run.store.path / "adapter").exists():
             return
-        stamp = folder / "round.txt"
-        if stamp.exists() and stamp.read_text().strip() == str(records[-1]["round"]):
-            return
-        last = run.live.latest
-        if last is not None:
-            write_adapter(folder, last.adapter, run.campaign.spec)
-            stamp.write_text(f"{last.round}\n")
+        folder, stamp = run.store.path / "latest", f"{last.round}\n"
+        if not (folder / "round.txt").exists() or (folder / "round.txt").read_text() != stamp:
+            write_adapter(folder, last.adapter, run.campaign.spec, {"round.txt": stamp.encode()})
+
+
+def _version(path: Path) -> dict[str, Any]:
+    """Length and hash of a file as it is now; it may grow at any time."""
+    found = path.stat()
+    return {"num_bytes": found.st_size, "sha256": _sha256(path, found.st_size, found.st_mtime_ns, found.st_ino)}
+
+
+@lru_cache(maxsize=65536)
+def _sha256(path: Path, num_bytes: int, *version: int) -> str:
+    """Of a file's first bytes, kept for as long as it is the same version."""
+    running = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(min(_PIECE_BYTES, num_bytes)):
+            running.update(data)
+            num_bytes -= len(data)
+    return running.hexdigest()
 
 
 def status(run: Run) -> dict[str, Any]:

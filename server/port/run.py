@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -32,6 +33,7 @@ class Live:
         uploads: Uploads that are being written.
         downloads: Downloads that are under way.
         latest: The state after the last round.
+        files: Held while the files that operators may fetch are looked up, or replaced by others.
     """
 
     ended: str = ""
@@ -39,6 +41,7 @@ class Live:
     uploads: int = 0
     downloads: int = 0
     latest: ServerState | None = None
+    files: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True)

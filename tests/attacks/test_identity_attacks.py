@@ -310,6 +310,6 @@ def test_a_revoked_name_may_be_invited_again(ca: Authority, tmp_path: Path) -> N
     old = identity.load(enrolled(ca, tmp_path / "north", "north")).peer
     pki.revoke(ca, NOW, name="north")
     new = identity.load(enrolled(ca, tmp_path / "again", "north")).peer
-    revoked = identity.read_revocations(ca.folder / "crl.pem", ca.ca_pem)
+    revoked = identity.read_revocations(ca.folder / "crl.pem", ca.ca_pem).serials
     assert old.serial in revoked
     assert new.serial not in revoked
