@@ -261,7 +261,7 @@ def _server(der: bytes, ca_pem: bytes, host: str, now: datetime, revocations: Pa
         )
         return [Finding(False, "server issuer", told)]
     if any(name.endswith(RESERVED_SUFFIX) for name in names):
-        told = "The server: expected a coordinator, got the CA's enrolment listener. Take the coordinator's port."
+        told = "The server: expected a coordinator, got the CA's enrollment listener. Take the coordinator's port."
         return [Finding(False, "server role", told)]
     return [
         Finding(True, "server issuer", f"The server's certificate is of the CA of {consortium_of(ca)}."),

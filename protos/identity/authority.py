@@ -164,7 +164,7 @@ def invite(
         role=role,
         hosts=tuple(hosts),
         expires=now + timedelta(days=_days("days", days)),
-        enrolment="",
+        enrollment="",
         ca_pem=authority.ca_pem,
         token=token,
     )
@@ -192,7 +192,7 @@ def fulfil(authority: Authority, content: bytes, now: datetime, *, kind: str = "
         authority: The CA.
         content: The request's JSON.
         now: The time, aware.
-        kind: `enrol` or `renew` where only that is expected.
+        kind: `enroll` or `renew` where only that is expected.
         counted: Whether a refusal counts against the invite, as it does at the listener.
 
     Returns:
@@ -208,7 +208,7 @@ def fulfil(authority: Authority, content: bytes, now: datetime, *, kind: str = "
     with changing(authority.folder) as ledger:
         invited = next((one for one in ledger.invites if one.id == request.base), None)
         try:
-            if request.kind == "enrol":
+            if request.kind == "enroll":
                 answer = _enrolled(authority, ledger, invited, request, now, counted)
             else:
                 answer = _renewed(authority, ledger, request, now)
@@ -256,7 +256,7 @@ def revoke(authority: Authority, now: datetime, *, name: str = "", serial: str =
 
 
 def listener_pair(authority: Authority, now: datetime) -> tuple[bytes, bytes]:
-    """A key and certificate for the enrolment listener, which name no peer and are never written down.
+    """A key and certificate for the enrollment listener, which name no peer and are never written down.
 
     Args:
         authority: The CA.

@@ -183,7 +183,7 @@ def verified_peer(certificate_pem: bytes, ca_pem: bytes, now: datetime, role: st
     if not issued_by(found, ca) or peer.consortium != consortium:
         raise IdentityError(
             f"{peer.name}: expected a certificate issued by the CA of {consortium} ({fingerprint(ca_pem)}), got one issued"
-            f" by another. Enrol with an invite of this consortium."
+            f" by another. Enroll with an invite of this consortium."
         )
     for what, start, end in (
         (f"the certificate of {peer.name}", peer.not_before, peer.not_after),
@@ -194,7 +194,7 @@ def verified_peer(certificate_pem: bytes, ca_pem: bytes, now: datetime, role: st
             raise IdentityError(problem)
     if role is not None and peer.role != role:
         raise IdentityError(
-            f"{peer.name}: expected role {role}, got {peer.role}. Enrol with an invite for role={role}."
+            f"{peer.name}: expected role {role}, got {peer.role}. Enroll with an invite for role={role}."
         )
     return peer
 

@@ -73,7 +73,7 @@ def check(folder: Path, now: datetime, role: str | None = None, revocations: Pat
     findings.append(Finding(not foreign, "issuer", issuer))
     findings.append(_dates(folder, files, now))
     if role is not None:
-        told = f"{folder}: expected role {role}, got {peer.role} ({peer.name}). Enrol with an invite for role={role}."
+        told = f"{folder}: expected role {role}, got {peer.role} ({peer.name}). Enroll with an invite for role={role}."
         fits = peer.role == role
         findings.append(Finding(fits, "role", f"{peer.name} is {peer.role}." if fits else told))
     if revocations is not None:

@@ -190,7 +190,7 @@ def mismatch(files: Mapping[str, bytes], folder: Path) -> str:
     """
     found = certificate(files[CERTIFICATE], f"{folder / CERTIFICATE}")
     peer = peer_of(files[CERTIFICATE])
-    again = f"Restore the folder, or enrol again with `lamina pki enroll INVITE output={folder}`."
+    again = f"Restore the folder, or enroll again with `lamina pki enroll INVITE output={folder}`."
     tls = private_key(files[TLS_KEY], folder / TLS_KEY)
     if tls.public_key() != found.public_key():
         return f"{folder / TLS_KEY}: expected the key of {CERTIFICATE} ({peer.name}), got another key. {again}"
@@ -218,7 +218,7 @@ def stranger(files: Mapping[str, bytes], folder: Path) -> str:
         return ""
     return (
         f"{folder / CERTIFICATE}: expected a certificate issued by {CA} ({fingerprint(files[CA])}), got one of another CA."
-        f" Take ca.pem from the same invite, or enrol again."
+        f" Take ca.pem from the same invite, or enroll again."
     )
 
 

@@ -22,7 +22,7 @@ from lamina.protos.identity.certificates import (
 from lamina.protos.identity.requests import Wanted
 
 # The listener is known by this name alone: no coordinator can pose as it, and it cannot pose as a coordinator.
-ENROLMENT_HOST = f"enrolment{RESERVED_SUFFIX}"
+ENROLLMENT_HOST = f"enrollment{RESERVED_SUFFIX}"
 
 # Clocks of sites differ a little.
 _BACKDATED = timedelta(minutes=5)
@@ -98,7 +98,7 @@ def issue_listener(
     consortium: str,
     now: datetime,
 ) -> bytes:
-    """The enrolment listener's certificate: no role, no signing key, one reserved host name.
+    """The enrollment listener's certificate: no role, no signing key, one reserved host name.
 
     Args:
         ca_key: The CA's key.
@@ -110,8 +110,8 @@ def issue_listener(
     Returns:
         PEM.
     """
-    subject = _subject(consortium, "enrolment")
-    names = [x509.DNSName(ENROLMENT_HOST)]
+    subject = _subject(consortium, "enrollment")
+    names = [x509.DNSName(ENROLLMENT_HOST)]
     builder = _leaf(ca, subject, tls_key, [ExtendedKeyUsageOID.SERVER_AUTH], names, 365, now)
     return builder.sign(ca_key, hashes.SHA256()).public_bytes(Encoding.PEM)
 

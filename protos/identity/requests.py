@@ -1,7 +1,7 @@
 """The documents that pass between a site and the CA: the invite one way, the request the other.
 
 The token in an invite never travels back. The site signs its request with a key derived from the token, and the CA, which
-keeps only that key's public half, checks the signature: what it stores, and what a listener sees, enrols nobody.
+keeps only that key's public half, checks the signature: what it stores, and what a listener sees, enrolls nobody.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from lamina.protos.identity.signing import canonical, invite_key, sign_with, ver
 
 # A request is about 3 kB; nothing larger is parsed.
 MAX_REQUEST_BYTES = 16 * 1024
-_POSSESSION = "enrolment/possession"
-_KINDS = ("enrol", "renew")
+_POSSESSION = "enrollment/possession"
+_KINDS = ("enroll", "renew")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Invite:
         role: As what.
         hosts: Where a coordinator will be reached.
         expires: After this the CA refuses it, aware.
-        enrolment: `host:port` of the CA's listener, or ``.
+        enrollment: `host:port` of the CA's listener, or ``.
         ca_pem: The CA's certificate, the root of the site's trust.
         token: 32 secret bytes.
     """
@@ -66,7 +66,7 @@ class Invite:
     role: str
     hosts: tuple[str, ...]
     expires: datetime
-    enrolment: str
+    enrollment: str
     ca_pem: bytes = field(repr=False)
     token: bytes = field(repr=False)
 
@@ -76,7 +76,7 @@ class Request:
     """What a site asks of the CA.
 
     Args:
-        kind: `enrol` or `renew`.
+        kind: `enroll` or `renew`.
         base: The invite's id, or the certificate (PEM) to renew.
         csr_pem: The certificate request.
         proof: Signature over base and request, with the invite's key or with the signing key of the old certificate.
@@ -125,7 +125,7 @@ def invite_bytes(invite: Invite) -> bytes:
         "role": invite.role,
         "hosts": list(invite.hosts),
         "expires": stamp(invite.expires),
-        "enrolment": invite.enrolment,
+        "enrollment": invite.enrollment,
         "ca_pem": invite.ca_pem.decode("ascii"),
         "token": invite.token.hex(),
     }
@@ -157,7 +157,7 @@ def read_invite(content: bytes, where: str) -> Invite:
             role=_text(document, "role"),
             hosts=tuple(str(host) for host in document["hosts"]),
             expires=datetime.fromisoformat(_text(document, "expires")),
-            enrolment=_text(document, "enrolment"),
+            enrollment=_text(document, "enrollment"),
             ca_pem=_text(document, "ca_pem").encode("ascii"),
             token=bytes.fromhex(_text(document, "token")),
         )
@@ -241,7 +241,7 @@ def wanted(csr_pem: str) -> Wanted:
     return Wanted(names[0], role_in(extensions), consortia[0], key, signing_key)
 
 
-def enrolment_request(invite: Invite, csr_pem: str) -> bytes:
+def enrollment_request(invite: Invite, csr_pem: str) -> bytes:
     """The request of a site that holds an invite.
 
     Args:
@@ -251,7 +251,7 @@ def enrolment_request(invite: Invite, csr_pem: str) -> bytes:
     Returns:
         JSON.
     """
-    return _request("enrol", invite.id, csr_pem, invite_key(invite.token))
+    return _request("enroll", invite.id, csr_pem, invite_key(invite.token))
 
 
 def renewal_request(certificate_pem: bytes, signing_key: Ed25519PrivateKey, csr_pem: str) -> bytes:
@@ -310,11 +310,11 @@ def proven(request: Request, key: bytes) -> bool:
     Returns:
         True if it was.
     """
-    return verify(key, f"enrolment/{request.kind}", _statement(request.base, request.csr_pem), request.proof)
+    return verify(key, f"enrollment/{request.kind}", _statement(request.base, request.csr_pem), request.proof)
 
 
 def _request(kind: str, base: str, csr_pem: str, key: Ed25519PrivateKey) -> bytes:
-    proof = sign_with(key, f"enrolment/{kind}", _statement(base, csr_pem))
+    proof = sign_with(key, f"enrollment/{kind}", _statement(base, csr_pem))
     document = {"schema": 1, "kind": kind, "base": base, "csr": csr_pem, "proof": proof.hex()}
     return (json.dumps(document, indent=1) + "\n").encode()
 

@@ -74,7 +74,7 @@ def verify(signing_key: bytes, domain: str, statement: bytes, signature: bytes) 
 def invite_key(token: bytes) -> Ed25519PrivateKey:
     """The key that the holder of an invite signs a request with. The CA keeps only its public half.
 
-    A ledger that is read by others then lets nobody enrol, which a stored hash that keys a MAC would.
+    A ledger that is read by others then lets nobody enroll, which a stored hash that keys a MAC would.
 
     Args:
         token: 32 random bytes.

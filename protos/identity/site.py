@@ -1,4 +1,4 @@
-"""The site's side of enrolment and renewal: keys that never leave, a request, and the certificate that answers it."""
+"""The site's side of enrollment and renewal: keys that never leave, a request, and the certificate that answers it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from lamina.protos.identity.folder import (
 from lamina.protos.identity.requests import (
     Invite,
     certificate_request,
-    enrolment_request,
+    enrollment_request,
     read_request,
     renewal_request,
 )
 
 # The address of the CA's listener, kept beside the certificate for the next renewal.
-ADDRESS = "enrolment.txt"
+ADDRESS = "enrollment.txt"
 _REQUEST = "request.json"
 
 
@@ -59,12 +59,12 @@ def prepare(folder: Path, invite: Invite, now: datetime) -> bytes:
         raise IdentityError(
             f"The invite for {invite.name} expired at {invite.expires}; the clock says {now}. Ask anew."
         )
-    pending = _pending(folder, "enrol", invite.id)
+    pending = _pending(folder, "enroll", invite.id)
     if pending is not None:
         return pending
     tls_key, signing = ec.generate_private_key(ec.SECP256R1()), Ed25519PrivateKey.generate()
     csr = certificate_request(tls_key, signing, name=invite.name, role=invite.role, consortium=invite.consortium)
-    return _keep(folder, tls_key, signing, enrolment_request(invite, csr))
+    return _keep(folder, tls_key, signing, enrollment_request(invite, csr))
 
 
 def prepare_renewal(folder: Path, rotate: bool) -> bytes:
@@ -106,7 +106,7 @@ def accept(folder: Path, certificate_pem: bytes, invite: Invite, now: datetime) 
     Raises:
         IdentityError: If the certificate is of another CA, name or role, or does not fit the keys.
     """
-    return _accept(folder, certificate_pem, invite.ca_pem, (invite.name, invite.role), invite.enrolment, now)
+    return _accept(folder, certificate_pem, invite.ca_pem, (invite.name, invite.role), invite.enrollment, now)
 
 
 def accept_renewal(folder: Path, certificate_pem: bytes, now: datetime) -> Peer:

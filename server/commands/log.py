@@ -32,7 +32,7 @@ A last line that is cut short, as a crash leaves it, is reported as torn with ex
 continues the run.
 
 examples:
-  lamina log verify outputs/run-7 ca=~/enrolment/ca.pem
+  lamina log verify outputs/run-7 ca=~/enrollment/ca.pem
   lamina log verify outputs/run-7 ca=ca.pem witness=site-a-heads.txt witness=site-b-heads.txt
   lamina log show outputs/run-7"""
 
@@ -230,7 +230,7 @@ def _trust(run_dir: Path, checked: Checked, ca: Path | None) -> str:
         )
     if ca == run_dir / "ca.pem":
         return (
-            f"{signed}, certificates checked against {ca}, which lies beside the log. Give ca= from your own enrolment."
+            f"{signed}, certificates checked against {ca}, which lies beside the log. Give ca= from your own enrollment."
         )
     return f"{signed}, certificates checked against {ca}"
 

@@ -69,13 +69,13 @@ def _init(words: Sequence[str]) -> int:
 
 
 def _invite(words: Sequence[str]) -> int:
-    defaults = {"role": "client", "host": "", "days": "7", "certificate_days": "365", "enrolment": "", "output": ""}
+    defaults = {"role": "client", "host": "", "days": "7", "certificate_days": "365", "enrollment": "", "output": ""}
     (folder, name), settings = _parsed("invite", words, 2, defaults)
     output = Path(settings["output"] or f"{name}.invite.json")
     authority = pki.opened(Path(folder), _passphrase())
     if output.exists():
         raise ConfigError(f"{output}: expected a new file for the invite, got one that exists. Choose another output=.")
-    enrolment = _address("enrolment", settings["enrolment"]) if settings["enrolment"] else ""
+    enrollment = _address("enrollment", settings["enrollment"]) if settings["enrollment"] else ""
     given = pki.invite(
         authority,
         name,
@@ -86,7 +86,7 @@ def _invite(words: Sequence[str]) -> int:
         certificate_days=_whole(settings, "certificate_days"),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_secret(output, invite_bytes(replace(given, enrolment=enrolment)))
+    write_secret(output, invite_bytes(replace(given, enrollment=enrollment)))
     print(f"{output}: {given.role} {given.name} of {given.consortium}, once, until {stamp(given.expires)}")
     print(f"Hand it over privately: whoever holds it becomes {given.name}.")
     return 0
@@ -102,7 +102,7 @@ def _enroll(words: Sequence[str]) -> int:
     if settings["certificate"]:
         return _enrolled(folder, accept(folder, Path(settings["certificate"]).read_bytes(), invite, _now()))
     request = prepare(folder, invite, _now())
-    pem = _answered("enrol", request, invite.ca_pem, settings, invite.enrolment)
+    pem = _answered("enroll", request, invite.ca_pem, settings, invite.enrollment)
     if pem is None:
         print(f"{folder / 'request.json'}: send it to whoever keeps the CA; then, with the answer:")
         print(f"  lamina pki enroll {source} output={folder} certificate=FILE")
@@ -138,7 +138,7 @@ def _answered(kind: str, request: bytes, ca_pem: bytes, settings: Mapping[str, s
     if not address or not online:
         return None
     require_tls13()
-    from lamina.server.port.enrolment import ask  # brings in gRPC, which must not come before the line above
+    from lamina.server.port.enrollment import ask  # brings in gRPC, which must not come before the line above
 
     return ask(_address("address", address), ca_pem, kind, request)
 
@@ -169,7 +169,7 @@ def _sign(words: Sequence[str]) -> int:
 def _listen(words: Sequence[str]) -> int:
     (folder,), settings = _parsed("listen", words, 1, {"address": "127.0.0.1:8441"})
     require_tls13()
-    from lamina.server.port.enrolment import Listener  # brings in gRPC, which must not come before the line above
+    from lamina.server.port.enrollment import Listener  # brings in gRPC, which must not come before the line above
 
     authority = pki.opened(Path(folder), _passphrase())
     address = _address("address", settings["address"])

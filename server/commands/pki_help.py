@@ -36,18 +36,18 @@ examples:
   lamina pki init ca consortium=hospitals
   LAMINA_CA_PASSPHRASE=… lamina pki init /media/stick/ca consortium=hospitals days=1825""",
     "invite": """\
-usage: lamina pki invite CA_DIR NAME [role=client] [host=NAME,…] [days=7] [certificate_days=365] [enrolment=HOST:PORT]
+usage: lamina pki invite CA_DIR NAME [role=client] [host=NAME,…] [days=7] [certificate_days=365] [enrollment=HOST:PORT]
                          [output=FILE]
 
 Writes an invite that works once. role is coordinator, client, operator or auditor; a coordinator needs host=, the DNS names
-and IP addresses where clients reach it. enrolment= is where `lamina pki listen` will be reached. days is the invite's life,
+and IP addresses where clients reach it. enrollment= is where `lamina pki listen` will be reached. days is the invite's life,
 certificate_days the certificate's. Default output: NAME.invite.json. Whoever holds the file becomes NAME: hand it over
 privately.
 
 examples:
   lamina pki invite ca north output=north.invite.json
   lamina pki invite ca hub role=coordinator host=hub.example.org,10.0.0.5 output=hub.invite.json
-  lamina pki invite ca south days=1 enrolment=ca.example.org:8441""",
+  lamina pki invite ca south days=1 enrollment=ca.example.org:8441""",
     "enroll": """\
 usage: lamina pki enroll INVITE output=DIR [ca=CA_DIR | certificate=FILE] [address=HOST:PORT] [online=true]
 
@@ -71,7 +71,7 @@ examples:
     "listen": """\
 usage: lamina pki listen CA_DIR [address=127.0.0.1:8441]
 
-Answers enrolments and renewals until stopped, over TLS 1.3, at most 20 at once and 1 a second after that; an invite bears 5
+Answers enrollments and renewals until stopped, over TLS 1.3, at most 20 at once and 1 a second after that; an invite bears 5
 refused attempts. Callers are told only that a request was refused; why is written to stderr.
 
 examples:

@@ -14,7 +14,7 @@ from lamina.protos.messages import Budget
 from lamina.protos.spec import AdapterSpec
 from lamina.server.campaign import budget
 from lamina.server.port.access import Access, Caller
-from lamina.server.port.enrolment import TokenBucket
+from lamina.server.port.enrollment import TokenBucket
 from lamina.server.port.mailbox import Mailbox
 from lamina.server.store.deployment import DeploymentStore
 
@@ -76,15 +76,10 @@ class Roster:
             Its budget.
 
         Raises:
-            ConfigError: If the run does not know the client, or the rank is more than it may train.
+            ConfigError: If the rank is more than the client may train.
             Hasty: If the client changes what it said too often.
         """
-        offered = self.offered.get(caller.name)
-        if offered is None:
-            raise ConfigError(
-                f"client {caller.name}: expected one of {', '.join(self.offered)}. "
-                "Add it to clients.names at the coordinator, or enroll under one of these names."
-            )
+        offered = self.offered[caller.name]
         chosen = offered if rank is None else rank
         if chosen > offered or (equal_ranks and chosen != offered):
             bound = "exactly" if equal_ranks else "at most"

@@ -21,7 +21,7 @@ from lamina.protos.identity import certificates, requests, site
 from lamina.protos.identity.authority import Authority
 from lamina.protos.identity.issuing import issue
 from lamina.protos.identity.ledger import read_ledger
-from lamina.protos.identity.requests import Invite, certificate_request, enrolment_request
+from lamina.protos.identity.requests import Invite, certificate_request, enrollment_request
 from tests.consortium import NOW, changed, csr, enrolled, invited, new_ca, new_tls_key, refused
 
 
@@ -259,10 +259,10 @@ def test_certificates_of_one_name_do_not_multiply_without_end(ca: Authority, tmp
     refused(ca, requests.renewal_request(north.certificate_pem, north.signing_key, csr()), "5 certificates in force")
 
 
-def test_a_renewal_request_is_no_enrolment(ca: Authority, invite: Invite, tmp_path: Path) -> None:
+def test_a_renewal_request_is_no_enrollment(ca: Authority, invite: Invite, tmp_path: Path) -> None:
     renewal = site.prepare_renewal(enrolled(ca, tmp_path / "south", "south"), False)
-    refused(ca, renewal, "expected one to enrol", kind="enrol")
-    refused(ca, changed(enrolment_request(invite, csr()), kind="renew"), "expected one X.509 certificate")
+    refused(ca, renewal, "expected one to enroll", kind="enroll")
+    refused(ca, changed(enrollment_request(invite, csr()), kind="renew"), "expected one X.509 certificate")
 
 
 def test_a_revocation_list_signed_by_another(ca: Authority, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_a_revocation_list_with_an_entry_taken_out(ca: Authority, tmp_path: Path
 def test_a_damaged_ledger_issues_nothing(ca: Authority, invite: Invite) -> None:
     (ca.folder / "issued.json").write_text('{"certificates": [')
     with pytest.raises(IdentityError, match="damaged"):
-        pki.fulfil(ca, enrolment_request(invite, csr()), NOW)
+        pki.fulfil(ca, enrollment_request(invite, csr()), NOW)
 
 
 def test_a_ca_is_never_written_over(ca: Authority) -> None:

@@ -24,8 +24,8 @@ from lamina.protos.identity import authority as pki
 from lamina.protos.identity import certificates, requests, site
 from lamina.protos.identity.authority import MAX_ATTEMPTS, Authority
 from lamina.protos.identity.ledger import read_ledger
-from lamina.protos.identity.requests import MAX_REQUEST_BYTES, Invite, enrolment_request
-from lamina.server.port.enrolment import TokenBucket
+from lamina.protos.identity.requests import MAX_REQUEST_BYTES, Invite, enrollment_request
+from lamina.server.port.enrollment import TokenBucket
 from tests.consortium import NOW, changed, csr, enrolled, invited, new_ca, new_tls_key, refused
 
 
@@ -43,7 +43,7 @@ def invite(ca: Authority) -> Invite:
 
 
 def test_an_honest_request_is_answered(ca: Authority, invite: Invite) -> None:
-    assert identity.peer_of(pki.fulfil(ca, enrolment_request(invite, csr()), NOW)).name == "north"
+    assert identity.peer_of(pki.fulfil(ca, enrollment_request(invite, csr()), NOW)).name == "north"
 
 
 @pytest.mark.parametrize(
@@ -51,21 +51,21 @@ def test_an_honest_request_is_answered(ca: Authority, invite: Invite) -> None:
     [csr(role="coordinator"), csr(role="operator"), csr(name="south"), csr(name="NORTH"), csr(consortium="banks")],
 )
 def test_a_request_for_another_name_or_role_than_invited(ca: Authority, invite: Invite, asked: str) -> None:
-    refused(ca, enrolment_request(invite, asked), "expected name, role and consortium north, client, hospitals, got")
+    refused(ca, enrollment_request(invite, asked), "expected name, role and consortium north, client, hospitals, got")
 
 
 def test_an_edited_invite_gives_no_other_role(ca: Authority, invite: Invite) -> None:
     edited = replace(invite, role="coordinator", hosts=("evil.example.org",))
-    refused(ca, enrolment_request(edited, csr(role="coordinator")), "expected name, role and consortium north, client")
+    refused(ca, enrollment_request(edited, csr(role="coordinator")), "expected name, role and consortium north, client")
 
 
 def test_a_used_invite(ca: Authority, invite: Invite) -> None:
-    pki.fulfil(ca, enrolment_request(invite, csr()), NOW)
-    refused(ca, enrolment_request(invite, csr()), "was used already")
+    pki.fulfil(ca, enrollment_request(invite, csr()), NOW)
+    refused(ca, enrollment_request(invite, csr()), "was used already")
 
 
 def test_a_replayed_request_gives_no_second_certificate_and_none_once_revoked(ca: Authority, invite: Invite) -> None:
-    request = enrolment_request(invite, csr())
+    request = enrollment_request(invite, csr())
     pem = pki.fulfil(ca, request, NOW)
     assert pki.fulfil(ca, request, NOW) == pem
     assert len(read_ledger(ca.folder).certificates) == 1
@@ -75,50 +75,50 @@ def test_a_replayed_request_gives_no_second_certificate_and_none_once_revoked(ca
 
 def test_an_expired_invite(ca: Authority, invite: Invite, tmp_path: Path) -> None:
     late = NOW + timedelta(days=7, seconds=1)
-    refused(ca, enrolment_request(invite, csr()), "expired at 2026-03-08T12:00:00Z", now=late)
+    refused(ca, enrollment_request(invite, csr()), "expired at 2026-03-08T12:00:00Z", now=late)
     with pytest.raises(IdentityError, match="expired"):
         site.prepare(tmp_path / "north", invite, late)
 
 
 def test_a_longer_expiry_written_into_the_file_changes_nothing(ca: Authority, invite: Invite) -> None:
     edited = replace(invite, expires=NOW + timedelta(days=700))
-    refused(ca, enrolment_request(edited, csr()), "expired", now=NOW + timedelta(days=8))
+    refused(ca, enrollment_request(edited, csr()), "expired", now=NOW + timedelta(days=8))
 
 
 def test_an_invite_cancelled_by_revoking_the_name(ca: Authority, invite: Invite) -> None:
     pki.revoke(ca, NOW, name="north")
-    refused(ca, enrolment_request(invite, csr()), "was cancelled")
+    refused(ca, enrollment_request(invite, csr()), "was cancelled")
 
 
 def test_an_invite_of_another(ca: Authority, invite: Invite) -> None:
     south = invited(ca, "south")
-    refused(ca, enrolment_request(replace(south, id=invite.id), csr()), "expected one signed with the invite for north")
-    refused(ca, enrolment_request(south, csr()), "expected name, role and consortium south")
+    refused(ca, enrollment_request(replace(south, id=invite.id), csr()), "expected one signed with the invite for north")
+    refused(ca, enrollment_request(south, csr()), "expected name, role and consortium south")
 
 
 def test_an_invite_id_without_its_token(ca: Authority, invite: Invite) -> None:
-    refused(ca, enrolment_request(replace(invite, token=bytes(32)), csr()), "expected one signed with the invite")
+    refused(ca, enrollment_request(replace(invite, token=bytes(32)), csr()), "expected one signed with the invite")
 
 
 def test_what_the_ledger_holds_enrols_nobody(ca: Authority, invite: Invite) -> None:
     (held,) = read_ledger(ca.folder).invites
-    refused(ca, enrolment_request(replace(invite, token=bytes.fromhex(held.key)), csr()), "expected one signed")
+    refused(ca, enrollment_request(replace(invite, token=bytes.fromhex(held.key)), csr()), "expected one signed")
 
 
 def test_an_invite_of_another_ca_of_the_same_name(ca: Authority, tmp_path: Path) -> None:
     foreign = invited(new_ca(tmp_path / "other"), "north")
-    refused(ca, enrolment_request(foreign, csr()), "got an unknown one")
+    refused(ca, enrollment_request(foreign, csr()), "got an unknown one")
 
 
 def test_a_request_whose_csr_was_replaced_on_the_way(ca: Authority, invite: Invite) -> None:
-    refused(ca, changed(enrolment_request(invite, csr()), csr=csr()), "was changed")
+    refused(ca, changed(enrollment_request(invite, csr()), csr=csr()), "was changed")
 
 
 @pytest.mark.parametrize("at", [40, 120, 200, 300, 400])
 def test_a_csr_with_one_character_changed_and_the_proof_made_anew(ca: Authority, invite: Invite, at: int) -> None:
     text = csr()
     flipped = text[:at] + ("A" if text[at] != "A" else "B") + text[at + 1 :]
-    refused(ca, enrolment_request(invite, flipped), "The request")
+    refused(ca, enrollment_request(invite, flipped), "The request")
 
 
 def built(
@@ -144,26 +144,26 @@ def built(
 
 
 def possession(signing: Ed25519PrivateKey, key: Any) -> bytes:
-    return identity.signing.sign_with(signing, "enrolment/possession", requests._spki(key.public_key()))
+    return identity.signing.sign_with(signing, "enrollment/possession", requests._spki(key.public_key()))
 
 
 def test_the_hand_made_request_is_good_where_nothing_is_wrong(ca: Authority, invite: Invite) -> None:
     key, signing = new_tls_key(), Ed25519PrivateKey.generate()
     good = built(certificates.raw_public(signing.public_key()), possession(signing, key), key)
-    assert pki.fulfil(ca, enrolment_request(invite, good), NOW)
+    assert pki.fulfil(ca, enrollment_request(invite, good), NOW)
 
 
 def test_a_signing_key_of_another_without_proof(ca: Authority, invite: Invite, tmp_path: Path) -> None:
     victim = identity.load(enrolled(ca, tmp_path / "victim", "victim")).peer.signing_key
     own, key = Ed25519PrivateKey.generate(), new_tls_key()
     for proof in (bytes(64), possession(own, key)):
-        refused(ca, enrolment_request(invite, built(victim, proof, key)), "does not prove possession")
+        refused(ca, enrollment_request(invite, built(victim, proof, key)), "does not prove possession")
 
 
 def test_a_proof_of_possession_taken_from_anothers_request(ca: Authority, invite: Invite) -> None:
     signing, key = Ed25519PrivateKey.generate(), new_tls_key()
     seen = possession(signing, key)  # made for the victim's TLS key
-    refused(ca, enrolment_request(invite, built(certificates.raw_public(signing.public_key()), seen)), "does not prove")
+    refused(ca, enrollment_request(invite, built(certificates.raw_public(signing.public_key()), seen)), "does not prove")
 
 
 @pytest.mark.parametrize(
@@ -177,14 +177,14 @@ def test_a_proof_of_possession_taken_from_anothers_request(ca: Authority, invite
 def test_a_request_that_asks_for_more(ca: Authority, invite: Invite, extra: x509.ExtensionType) -> None:
     signing, key = Ed25519PrivateKey.generate(), new_tls_key()
     asked = built(certificates.raw_public(signing.public_key()), possession(signing, key), key, ((extra, True),))
-    refused(ca, enrolment_request(invite, asked), "got more or less")
+    refused(ca, enrollment_request(invite, asked), "got more or less")
 
 
 @pytest.mark.parametrize("names", [("north", "south"), ("../north",), ("a/b",), ("north\n",), ("north\0",)])
 def test_a_request_with_other_names(ca: Authority, invite: Invite, names: tuple[str, ...]) -> None:
     signing, key = Ed25519PrivateKey.generate(), new_tls_key()
     asked = built(certificates.raw_public(signing.public_key()), possession(signing, key), key, names=names)
-    refused(ca, enrolment_request(invite, asked), "The request")
+    refused(ca, enrollment_request(invite, asked), "The request")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_request_with_other_names(ca: Authority, invite: Invite, names: tuple[
 def test_keys_of_another_kind(ca: Authority, invite: Invite, key: Callable[[], Any]) -> None:
     made, signing = key(), Ed25519PrivateKey.generate()
     asked = built(certificates.raw_public(signing.public_key()), possession(signing, made), made)
-    refused(ca, enrolment_request(invite, asked), "expected an ECDSA P-256 key")
+    refused(ca, enrollment_request(invite, asked), "expected an ECDSA P-256 key")
 
 
 MALFORMED = {
@@ -204,9 +204,9 @@ MALFORMED = {
     "no fields": b'{"schema": 1}',
     "numbers": b'{"schema": 1, "kind": 1, "base": 2, "csr": 3, "proof": 4}',
     "another kind": b'{"schema": 1, "kind": "admin", "base": "", "csr": "", "proof": ""}',
-    "a proof that is not hex": b'{"schema": 1, "kind": "enrol", "base": "", "csr": "", "proof": "zz"}',
-    "not ascii": '{"schema": 1, "kind": "enrol", "base": "\u00e9", "csr": "", "proof": ""}'.encode(),
-    "a lone surrogate": b'{"schema": 1, "kind": "enrol", "base": "\\ud800", "csr": "", "proof": ""}',
+    "a proof that is not hex": b'{"schema": 1, "kind": "enroll", "base": "", "csr": "", "proof": "zz"}',
+    "not ascii": '{"schema": 1, "kind": "enroll", "base": "\u00e9", "csr": "", "proof": ""}'.encode(),
+    "a lone surrogate": b'{"schema": 1, "kind": "enroll", "base": "\\ud800", "csr": "", "proof": ""}',
     "a renewal of nothing": b'{"schema": 1, "kind": "renew", "base": "", "csr": "", "proof": ""}',
 }
 
@@ -217,7 +217,7 @@ def test_malformed_requests_are_refusals_not_faults(ca: Authority, content: byte
 
 
 def test_an_oversized_request_is_not_parsed(ca: Authority, invite: Invite) -> None:
-    padded = changed(enrolment_request(invite, csr()), padding="x" * MAX_REQUEST_BYTES)
+    padded = changed(enrollment_request(invite, csr()), padding="x" * MAX_REQUEST_BYTES)
     refused(ca, padded, f"expected at most {MAX_REQUEST_BYTES} bytes")
 
 
@@ -256,14 +256,14 @@ def holds(key: bytes, message: bytes, signature: bytes) -> bool:
 
 def test_a_signing_key_under_which_one_signature_fits_all(ca: Authority, invite: Invite) -> None:
     key = new_tls_key()
-    statement = b"lamina\0enrolment/possession\0" + hashlib.sha256(requests._spki(key.public_key())).digest()
+    statement = b"lamina\0enrollment/possession\0" + hashlib.sha256(requests._spki(key.public_key())).digest()
     forged = [
         (point, r + bytes(32)) for point in torsion() for r in torsion() if holds(point, statement, r + bytes(32))
     ]
     assert len({point for point, _ in forged}) > 4  # plain Ed25519 takes them
     for point, signature in forged:
-        assert not identity.verify(point, "enrolment/possession", requests._spki(key.public_key()), signature)
-        refused(ca, enrolment_request(invite, built(point, signature, key)), "does not prove possession")
+        assert not identity.verify(point, "enrollment/possession", requests._spki(key.public_key()), signature)
+        refused(ca, enrollment_request(invite, built(point, signature, key)), "does not prove possession")
 
 
 # --- guessing ---------------------------------------------------------------------------------------------------------
@@ -272,9 +272,9 @@ def test_a_signing_key_under_which_one_signature_fits_all(ca: Authority, invite:
 def test_an_invite_bears_few_wrong_guesses_at_the_listener(ca: Authority, invite: Invite) -> None:
     for guess in range(MAX_ATTEMPTS):
         wrong = replace(invite, token=guess.to_bytes(32, "big"))
-        refused(ca, enrolment_request(wrong, csr()), "expected one signed", counted=True)
-    refused(ca, enrolment_request(invite, csr()), "5 requests were refused already", counted=True)
-    assert pki.fulfil(ca, enrolment_request(invite, csr()), NOW)  # by files the operator decides
+        refused(ca, enrollment_request(wrong, csr()), "expected one signed", counted=True)
+    refused(ca, enrollment_request(invite, csr()), "5 requests were refused already", counted=True)
+    assert pki.fulfil(ca, enrollment_request(invite, csr()), NOW)  # by files the operator decides
 
 
 def test_the_limit_on_all_callers_lets_through_a_burst_and_then_its_rate() -> None:

@@ -178,14 +178,14 @@ def test_a_server_that_is_no_coordinator(ca: Authority, site: Path, tmp_path: Pa
     assert "got one for no host" in failed["server host"]
 
 
-def test_the_enrolment_listener_is_recognised(ca: Authority, site: Path, tmp_path: Path) -> None:
+def test_the_enrollment_listener_is_recognised(ca: Authority, site: Path, tmp_path: Path) -> None:
     key, pem = listener_pair(ca, NOW)
     for name, content in {"certificate.pem": pem, "tls.key": key, "ca.pem": (site / "ca.pem").read_bytes()}.items():
         (tmp_path / name).write_bytes(content)
     with serving(tls(tmp_path)) as port:
         found = seen(site, port)
     assert found.what == "server role"
-    assert "enrolment listener" in found.message
+    assert "enrollment listener" in found.message
 
 
 # --- what the server says of us

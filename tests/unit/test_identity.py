@@ -253,7 +253,7 @@ def test_hosts_that_fit(host: str) -> None:
         "*.example.org",
         "a/b",
         "x" * 64,
-        "enrolment.lamina.internal",
+        "enrollment.lamina.internal",
         "X.LAMINA.INTERNAL",
     ],
 )

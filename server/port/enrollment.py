@@ -1,4 +1,4 @@
-"""Enrolment over the network: the CA's listener and the site's call to it. Off unless started with `lamina pki listen`.
+"""Enrollment over the network: the CA's listener and the site's call to it. Off unless started with `lamina pki listen`.
 
 The listener is a service of its own, with its own port and certificate: whoever breaks it has reached neither the coordinator
 nor a certificate that could pose as one. It tells a caller that a request was refused, never why; why goes to `say`. The command
@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 
 import grpc
 
-from lamina.protos import enrolment_pb2, enrolment_pb2_grpc
+from lamina.protos import enrollment_pb2, enrollment_pb2_grpc
 from lamina.protos.errors import ConfigError, IdentityError
 from lamina.protos.identity import peer_of
 from lamina.protos.identity.authority import Authority, fulfil, listener_pair
-from lamina.protos.identity.issuing import ENROLMENT_HOST
+from lamina.protos.identity.issuing import ENROLLMENT_HOST
 from lamina.protos.identity.requests import MAX_REQUEST_BYTES
 
 _REFUSED = "The request was refused. Ask whoever keeps the CA; its listener says why."
@@ -30,7 +30,7 @@ _MESSAGE_BYTES = MAX_REQUEST_BYTES + 64
 _TIMEOUT_S = 20.0
 
 # The generated module has no types.
-_generated: Any = enrolment_pb2_grpc
+_generated: Any = enrollment_pb2_grpc
 
 
 class TokenBucket:
@@ -64,7 +64,7 @@ class TokenBucket:
 
 
 class Listener:
-    """The CA's enrolment service.
+    """The CA's enrollment service.
 
     Args:
         authority: The opened CA.
@@ -102,9 +102,9 @@ class Listener:
             ("grpc.max_connection_idle_ms", 30_000),
             ("grpc.so_reuseport", 0),  # a second listener on the port is refused, not given half the calls
         ]
-        pool = futures.ThreadPoolExecutor(4, thread_name_prefix="enrolment")
+        pool = futures.ThreadPoolExecutor(4, thread_name_prefix="enrollment")
         server = grpc.server(pool, options=options, maximum_concurrent_rpcs=32)
-        _generated.add_EnrolmentServicer_to_server(self, server)
+        _generated.add_EnrollmentServicer_to_server(self, server)
         try:
             port = int(server.add_secure_port(self._address, grpc.ssl_server_credentials([(key, certificate)])))
         except RuntimeError:
@@ -123,11 +123,11 @@ class Listener:
         if self._server is not None:
             self._server.stop(2.0).wait()
 
-    def Enroll(self, message: enrolment_pb2.EnrollRequest, context: Any) -> enrolment_pb2.EnrollReply:  # noqa: D102
-        return enrolment_pb2.EnrollReply(certificate_pem=self._answer("enrol", message.request, context))
+    def Enroll(self, message: enrollment_pb2.EnrollRequest, context: Any) -> enrollment_pb2.EnrollReply:  # noqa: D102
+        return enrollment_pb2.EnrollReply(certificate_pem=self._answer("enroll", message.request, context))
 
-    def Renew(self, message: enrolment_pb2.RenewRequest, context: Any) -> enrolment_pb2.RenewReply:  # noqa: D102
-        return enrolment_pb2.RenewReply(certificate_pem=self._answer("renew", message.request, context))
+    def Renew(self, message: enrollment_pb2.RenewRequest, context: Any) -> enrollment_pb2.RenewReply:  # noqa: D102
+        return enrollment_pb2.RenewReply(certificate_pem=self._answer("renew", message.request, context))
 
     def _answer(self, kind: str, request: bytes, context: Any) -> bytes:
         caller = str(context.peer())
@@ -157,7 +157,7 @@ def ask(address: str, ca_pem: bytes, kind: str, request: bytes) -> bytes:
     Args:
         address: `host:port`.
         ca_pem: The CA's certificate, from the invite or the identity.
-        kind: `enrol` or `renew`.
+        kind: `enroll` or `renew`.
         request: The request's JSON.
 
     Returns:
@@ -168,17 +168,17 @@ def ask(address: str, ca_pem: bytes, kind: str, request: bytes) -> bytes:
         ConfigError: If nothing answers there.
     """
     options = [
-        ("grpc.ssl_target_name_override", ENROLMENT_HOST),
+        ("grpc.ssl_target_name_override", ENROLLMENT_HOST),
         ("grpc.max_receive_message_length", _MESSAGE_BYTES),
         ("grpc.enable_retries", 0),
     ]
     channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(root_certificates=ca_pem), options=options)
     try:
-        stub = _generated.EnrolmentStub(channel)
-        if kind == "enrol":
-            reply: Any = stub.Enroll(enrolment_pb2.EnrollRequest(request=request), timeout=_TIMEOUT_S)
+        stub = _generated.EnrollmentStub(channel)
+        if kind == "enroll":
+            reply: Any = stub.Enroll(enrollment_pb2.EnrollRequest(request=request), timeout=_TIMEOUT_S)
         else:
-            reply = stub.Renew(enrolment_pb2.RenewRequest(request=request), timeout=_TIMEOUT_S)
+            reply = stub.Renew(enrollment_pb2.RenewRequest(request=request), timeout=_TIMEOUT_S)
         return bytes(reply.certificate_pem)
     except grpc.RpcError as error:
         raise _failure(address, error) from None
@@ -200,6 +200,6 @@ def _failure(address: str, error: Any) -> ConfigError | IdentityError:
     if code == grpc.StatusCode.INTERNAL:
         return IdentityError(f"{address}: {_FAULT}")
     return ConfigError(
-        f"{address}: expected the CA's enrolment listener, got no answer ({code.name}). Check the address and whether"
+        f"{address}: expected the CA's enrollment listener, got no answer ({code.name}). Check the address and whether"
         " `lamina pki listen` runs, or go by files with online=false."
     )

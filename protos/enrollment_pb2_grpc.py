@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from lamina.protos import enrolment_pb2 as lamina_dot_protos_dot_enrolment__pb2
+from lamina.protos import enrollment_pb2 as lamina_dot_protos_dot_enrollment__pb2
 
 GRPC_GENERATED_VERSION = '1.80.0'
 GRPC_VERSION = grpc.__version__
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in lamina/protos/enrolment_pb2_grpc.py depends on'
+        + ' but the generated code in lamina/protos/enrollment_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class EnrolmentStub(object):
+class EnrollmentStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -35,18 +35,18 @@ class EnrolmentStub(object):
             channel: A grpc.Channel.
         """
         self.Enroll = channel.unary_unary(
-                '/lamina.enrolment.v1.Enrolment/Enroll',
-                request_serializer=lamina_dot_protos_dot_enrolment__pb2.EnrollRequest.SerializeToString,
-                response_deserializer=lamina_dot_protos_dot_enrolment__pb2.EnrollReply.FromString,
+                '/lamina.enrollment.v1.Enrollment/Enroll',
+                request_serializer=lamina_dot_protos_dot_enrollment__pb2.EnrollRequest.SerializeToString,
+                response_deserializer=lamina_dot_protos_dot_enrollment__pb2.EnrollReply.FromString,
                 _registered_method=True)
         self.Renew = channel.unary_unary(
-                '/lamina.enrolment.v1.Enrolment/Renew',
-                request_serializer=lamina_dot_protos_dot_enrolment__pb2.RenewRequest.SerializeToString,
-                response_deserializer=lamina_dot_protos_dot_enrolment__pb2.RenewReply.FromString,
+                '/lamina.enrollment.v1.Enrollment/Renew',
+                request_serializer=lamina_dot_protos_dot_enrollment__pb2.RenewRequest.SerializeToString,
+                response_deserializer=lamina_dot_protos_dot_enrollment__pb2.RenewReply.FromString,
                 _registered_method=True)
 
 
-class EnrolmentServicer(object):
+class EnrollmentServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Enroll(self, request, context):
@@ -62,27 +62,27 @@ class EnrolmentServicer(object):
         raise NotImplementedError('Method not implemented!')
 
 
-def add_EnrolmentServicer_to_server(servicer, server):
+def add_EnrollmentServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Enroll': grpc.unary_unary_rpc_method_handler(
                     servicer.Enroll,
-                    request_deserializer=lamina_dot_protos_dot_enrolment__pb2.EnrollRequest.FromString,
-                    response_serializer=lamina_dot_protos_dot_enrolment__pb2.EnrollReply.SerializeToString,
+                    request_deserializer=lamina_dot_protos_dot_enrollment__pb2.EnrollRequest.FromString,
+                    response_serializer=lamina_dot_protos_dot_enrollment__pb2.EnrollReply.SerializeToString,
             ),
             'Renew': grpc.unary_unary_rpc_method_handler(
                     servicer.Renew,
-                    request_deserializer=lamina_dot_protos_dot_enrolment__pb2.RenewRequest.FromString,
-                    response_serializer=lamina_dot_protos_dot_enrolment__pb2.RenewReply.SerializeToString,
+                    request_deserializer=lamina_dot_protos_dot_enrollment__pb2.RenewRequest.FromString,
+                    response_serializer=lamina_dot_protos_dot_enrollment__pb2.RenewReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'lamina.enrolment.v1.Enrolment', rpc_method_handlers)
+            'lamina.enrollment.v1.Enrollment', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('lamina.enrolment.v1.Enrolment', rpc_method_handlers)
+    server.add_registered_method_handlers('lamina.enrollment.v1.Enrollment', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
-class Enrolment(object):
+class Enrollment(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
@@ -99,9 +99,9 @@ class Enrolment(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/lamina.enrolment.v1.Enrolment/Enroll',
-            lamina_dot_protos_dot_enrolment__pb2.EnrollRequest.SerializeToString,
-            lamina_dot_protos_dot_enrolment__pb2.EnrollReply.FromString,
+            '/lamina.enrollment.v1.Enrollment/Enroll',
+            lamina_dot_protos_dot_enrollment__pb2.EnrollRequest.SerializeToString,
+            lamina_dot_protos_dot_enrollment__pb2.EnrollReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -126,9 +126,9 @@ class Enrolment(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/lamina.enrolment.v1.Enrolment/Renew',
-            lamina_dot_protos_dot_enrolment__pb2.RenewRequest.SerializeToString,
-            lamina_dot_protos_dot_enrolment__pb2.RenewReply.FromString,
+            '/lamina.enrollment.v1.Enrollment/Renew',
+            lamina_dot_protos_dot_enrollment__pb2.RenewRequest.SerializeToString,
+            lamina_dot_protos_dot_enrollment__pb2.RenewReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,4 +1,4 @@
-"""The enrolment listener on loopback: what it gives, what it tells, and to whom."""
+"""The enrollment listener on loopback: what it gives, what it tells, and to whom."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ import grpc
 import pytest
 
 from lamina.protos import identity
-from lamina.protos.enrolment_pb2 import EnrollRequest
+from lamina.protos.enrollment_pb2 import EnrollRequest
 from lamina.protos.errors import ConfigError, IdentityError, LaminaError
 from lamina.protos.identity import authority as pki
 from lamina.protos.identity.authority import Authority
-from lamina.protos.identity.issuing import ENROLMENT_HOST
+from lamina.protos.identity.issuing import ENROLLMENT_HOST
 from lamina.protos.identity.ledger import read_ledger
 from lamina.protos.identity.requests import MAX_REQUEST_BYTES, read_invite
 from lamina.protos.identity.site import prepare
 from lamina.server.commands.pki import main
-from lamina.server.port import enrolment
-from lamina.server.port.enrolment import Listener, TokenBucket, ask
+from lamina.server.port import enrollment
+from lamina.server.port.enrollment import Listener, TokenBucket, ask
 from tests.consortium import enrolled
 
 
@@ -79,7 +79,7 @@ def address(ca: Authority, heard: Heard) -> Iterator[str]:
 
 
 def test_through_the_listener(ca: Authority, address: str, heard: Heard) -> None:
-    run(f"invite ca north enrolment={address}")
+    run(f"invite ca north enrollment={address}")
     run("enroll north.invite.json output=north")
     before = identity.load(Path("north")).peer
     run("renew north")  # the address is remembered
@@ -88,11 +88,11 @@ def test_through_the_listener(ca: Authority, address: str, heard: Heard) -> None
     assert before.serial != after.serial
     run("renew north")
     assert len(read_ledger(Path("ca")).certificates) == 3
-    assert [line.split()[0] for line in heard] == ["enrol", "renew", "renew"]
+    assert [line.split()[0] for line in heard] == ["enroll", "renew", "renew"]
 
 
 def test_an_address_on_the_command_line_and_none_at_all(ca: Authority, address: str) -> None:
-    run("invite ca north enrolment=127.0.0.1:1")
+    run("invite ca north enrollment=127.0.0.1:1")
     run("enroll north.invite.json output=north online=false")
     assert Path("north/request.json").is_file()
     run(f"enroll north.invite.json output=north address={address}")
@@ -111,11 +111,11 @@ def test_no_listener_is_said_and_can_be_tried_again(ca: Authority, address: str)
 
 def on_the_wire(address: str, ca_pem: bytes, request: bytes) -> tuple[str, str]:
     """The status and words that a caller is sent."""
-    options = [("grpc.ssl_target_name_override", ENROLMENT_HOST)]
+    options = [("grpc.ssl_target_name_override", ENROLLMENT_HOST)]
     message = EnrollRequest(request=request).SerializeToString()
     with grpc.secure_channel(address, grpc.ssl_channel_credentials(ca_pem), options=options) as channel:
         with pytest.raises(grpc.RpcError) as caught:
-            channel.unary_unary("/lamina.enrolment.v1.Enrolment/Enroll")(message, timeout=20)
+            channel.unary_unary("/lamina.enrollment.v1.Enrollment/Enroll")(message, timeout=20)
         return caught.value.code().name, caught.value.details()
 
 
@@ -129,7 +129,7 @@ def test_a_refusal_tells_the_caller_nothing_and_the_operator_why(ca: Authority, 
         on_the_wire(address, ca.ca_pem, prepare(Path(f"site-{number}"), invite, now()))
         for number, invite in enumerate(wrong)
     }
-    assert told == {("UNAUTHENTICATED", enrolment._REFUSED)}
+    assert told == {("UNAUTHENTICATED", enrollment._REFUSED)}
     reasons = ["was used already", "signed with the invite for open", "got an unknown one", "expected name, role"]
     assert [reason in line for reason, line in zip(reasons, heard)] == [True] * 4
     assert waiting.token.hex() not in "".join(heard)
@@ -142,13 +142,13 @@ def test_guesses_through_the_listener_end_the_invite(ca: Authority, address: str
 
     def attempt(_: int) -> None:
         with pytest.raises(IdentityError):
-            ask(address, ca.ca_pem, "enrol", guess)
+            ask(address, ca.ca_pem, "enroll", guess)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(attempt, range(8)))
     assert sum("signed with the invite" in line for line in heard) == pki.MAX_ATTEMPTS
     with pytest.raises(IdentityError):
-        ask(address, ca.ca_pem, "enrol", prepare(Path("north"), invite, now()))
+        ask(address, ca.ca_pem, "enroll", prepare(Path("north"), invite, now()))
     assert not read_ledger(Path("ca")).certificates
 
 
@@ -158,7 +158,7 @@ def test_all_callers_together_are_limited(ca: Authority, heard: Heard) -> None:
     told = []
     for _ in range(4):
         with pytest.raises(IdentityError) as caught:
-            ask(address, ca.ca_pem, "enrol", b"{}")
+            ask(address, ca.ca_pem, "enroll", b"{}")
         told.append("Too many requests" in str(caught.value))
     listener.stop()
     assert told == [False, False, True, True]
@@ -167,16 +167,16 @@ def test_all_callers_together_are_limited(ca: Authority, heard: Heard) -> None:
 
 def test_an_oversized_request_is_cut_off_before_it_is_read(ca: Authority, address: str, heard: Heard) -> None:
     with pytest.raises(IdentityError):
-        ask(address, ca.ca_pem, "enrol", bytes(MAX_REQUEST_BYTES * 4))
+        ask(address, ca.ca_pem, "enroll", bytes(MAX_REQUEST_BYTES * 4))
     assert heard == []
 
 
 def test_a_fault_at_the_ca_is_not_told(ca: Authority, address: str, heard: Heard) -> None:
     Path("ca/issued.json").unlink()
-    request = b'{"schema": 1, "kind": "enrol", "base": "", "csr": "", "proof": ""}'
-    assert on_the_wire(address, ca.ca_pem, request) == ("INTERNAL", enrolment._FAULT)
+    request = b'{"schema": 1, "kind": "enroll", "base": "", "csr": "", "proof": ""}'
+    assert on_the_wire(address, ca.ca_pem, request) == ("INTERNAL", enrollment._FAULT)
     with pytest.raises(IdentityError, match="could not answer"):
-        ask(address, ca.ca_pem, "enrol", request)
+        ask(address, ca.ca_pem, "enroll", request)
     assert "issued.json" in heard[0]
 
 
@@ -184,7 +184,7 @@ def test_a_listener_of_another_ca_is_not_spoken_to(ca: Authority, tmp_path: Path
     other = pki.create(tmp_path / "other", "hospitals", 10, None, now())
     listener = Listener(other, "127.0.0.1:0", lambda _: None)
     address = f"127.0.0.1:{listener.start()}"
-    run(f"invite ca north enrolment={address}")
+    run(f"invite ca north enrollment={address}")
     error = failure("enroll north.invite.json output=north")
     listener.stop()
     assert error.exit_code == 5
@@ -201,7 +201,7 @@ def test_a_coordinator_cannot_pose_as_the_listener_nor_the_listener_as_a_coordin
     )
     server.start()
     with pytest.raises(IdentityError, match="expected the listener of the CA"):
-        ask(f"127.0.0.1:{port}", ca.ca_pem, "enrol", b"{}")
+        ask(f"127.0.0.1:{port}", ca.ca_pem, "enroll", b"{}")
     server.stop(0).wait()
 
     context = ssl.create_default_context(cadata=ca.ca_pem.decode())
@@ -266,12 +266,12 @@ def port_of(process: subprocess.Popen[str]) -> int:
 
 
 def test_the_listen_command_runs_until_it_is_told_to_stop(process: subprocess.Popen[str]) -> None:
-    run(f"invite ca north enrolment=127.0.0.1:{port_of(process)}")  # while the listener runs
+    run(f"invite ca north enrollment=127.0.0.1:{port_of(process)}")  # while the listener runs
     run("enroll north.invite.json output=north")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 0
-    assert re.search(r"enrol from ipv4:\S+: north \(client\), serial [0-9a-f]+", errors)
+    assert re.search(r"enroll from ipv4:\S+: north \(client\), serial [0-9a-f]+", errors)
 
 
 def test_the_listen_command_speaks_nothing_below_tls_1_3(ca: Authority, process: subprocess.Popen[str]) -> None:
@@ -280,9 +280,9 @@ def test_the_listen_command_speaks_nothing_below_tls_1_3(ca: Authority, process:
     context.set_alpn_protocols(["h2"])
     with (
         socket.create_connection(("127.0.0.1", port)) as plain,
-        context.wrap_socket(plain, server_hostname=ENROLMENT_HOST) as wrapped,
+        context.wrap_socket(plain, server_hostname=ENROLLMENT_HOST) as wrapped,
     ):
         assert wrapped.version() == "TLSv1.3"
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with socket.create_connection(("127.0.0.1", port)) as plain, pytest.raises(OSError):
-        context.wrap_socket(plain, server_hostname=ENROLMENT_HOST)
+        context.wrap_socket(plain, server_hostname=ENROLLMENT_HOST)
