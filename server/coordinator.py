@@ -37,6 +37,7 @@ from lamina.server.rounds import Loop
 from lamina.server.rounds import run as run_rounds
 from lamina.server.store import run_directory
 from lamina.server.store.base import Completed, Evaluation
+from lamina.server.store.log_files import ADAPTER, ROUNDS
 from lamina.strategies.base import ServerState
 
 _LOOK_S = 1.0
@@ -199,8 +200,8 @@ def _finish(
     with run.live.files:
         shutil.rmtree(path / "latest", ignore_errors=True)
         write_results(path, state, run.campaign.spec, summary, run.config)
-    content = (path / "adapter" / "adapter_model.safetensors").read_bytes()
-    run.store.note("end", {"ended": why}, why=why, round=state.round, adapter=sha256(content))
+    adapter, rounds = (sha256((path / name).read_bytes()) for name in (ADAPTER, ROUNDS))
+    run.store.note("end", {"ended": why}, why=why, round=state.round, adapter=adapter, rounds=rounds)
 
 
 def _farewell(run: Run, why: str, leave: threading.Event) -> None:

@@ -14,6 +14,7 @@ from lamina.protos.errors import CheckpointError, ConfigError, IdentityError, ne
 from lamina.protos.words import parsed
 from lamina.server.store.events import FILE_NAME
 from lamina.server.store.log_check import Checked, check
+from lamina.server.store.log_files import Compared, compared
 
 _HELP = """\
 usage: lamina log verify RUN_DIR [ca=ca.pem] [witness=FILE]… [--json]
@@ -21,6 +22,8 @@ usage: lamina log verify RUN_DIR [ca=ca.pem] [witness=FILE]… [--json]
 
 verify  checks every record of RUN_DIR/events.jsonl: its form, its place in the hash chain, the coordinator's signature, the
         clients' certificates and countersignatures. A changed, missing, added or moved record is named; exit code 5.
+        Then the files that the records speak of: config.yaml and schema (`begin`), the clients of each round in
+        rounds.jsonl (`aggregate`), all of rounds.jsonl and the adapter (`end`). The first that differs is named.
 show    lists the records without checking them.
 
 ca:      certificate of the CA that the coordinator and the clients must have; default RUN_DIR/ca.pem if it is there. Without
@@ -74,12 +77,15 @@ def _verify(words: Sequence[str], as_json: bool) -> int:
     }
     checked = check(run_dir / FILE_NAME, None if ca is None else _read(ca), str(ca))
     disagreements = {name: chain.against(heads, checked.verified) for name, heads in witnesses.items()}
-    failure = _failure(run_dir, checked, disagreements)
+    files = [] if checked.verified.bad else compared(run_dir, checked.said)
+    failure = _failure(run_dir, checked, disagreements, files)
     if as_json:
-        report = _report(checked, ca, witnesses, disagreements)
+        report = _report(checked, ca, witnesses, disagreements) | {"files": [asdict(one) for one in files]}
         print(json.dumps(report | {"verdict": "intact" if failure is None else str(failure)}, indent=1))
     else:
         print("\n".join(_lines(run_dir, checked, ca, witnesses, disagreements)))
+        for one in files:
+            print(f"{one.name}: {one.state}: {one.told}")
     if failure is not None:
         raise failure
     if not as_json:
@@ -106,7 +112,7 @@ def _read(path: Path) -> bytes:
 
 
 def _failure(
-    run_dir: Path, checked: Checked, disagreements: dict[str, list[Disagreement]]
+    run_dir: Path, checked: Checked, disagreements: dict[str, list[Disagreement]], files: Sequence[Compared]
 ) -> IdentityError | CheckpointError | None:
     where = run_dir / FILE_NAME
     verified = checked.verified
@@ -128,6 +134,12 @@ def _failure(
         return IdentityError(
             f"{where}: expected the log of run {recorded!a} as in summary.json, got that of run {checked.run_id!a}."
         )
+    for one in files:
+        if one.state == "differs":
+            return IdentityError(
+                f"{run_dir / one.name}: {one.told}. The file was changed or lost after the coordinator signed; fetch it "
+                "again, or take another copy."
+            )
     if verified.torn_bytes:
         return CheckpointError(
             f"{where}, line {verified.lines}: torn: expected a newline at its end, got {verified.torn_bytes} bytes without "
@@ -229,9 +241,7 @@ def _trust(run_dir: Path, checked: Checked, ca: Path | None) -> str:
             "Give ca=ca.pem."
         )
     if ca == run_dir / "ca.pem":
-        return (
-            f"{signed}, certificates checked against {ca}, which lies beside the log. Give ca= from your own enrollment."
-        )
+        return f"{signed}, certificates checked against {ca}, which lies beside the log. Give ca= from your own enrollment."
     return f"{signed}, certificates checked against {ca}"
 
 

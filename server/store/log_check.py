@@ -10,6 +10,7 @@ from lamina.protos import chain, identity
 from lamina.protos.chain import GENESIS, BadRecord, Fault, Record, Verified
 from lamina.protos.errors import IdentityError
 from lamina.protos.identity import Peer
+from lamina.server.store.log_files import Said
 
 BEGIN = "begin"
 REGISTER = "register"
@@ -24,12 +25,14 @@ class Checked:
         coordinator: Who signed it; None for a run without certificates.
         run_id: By the first record, empty where it says none.
         rounds: Numbers of the rounds that good records name.
+        said: What good records say of the run's files.
     """
 
     verified: Verified
     coordinator: Peer | None
     run_id: str
     rounds: frozenset[int]
+    said: Said = field(default_factory=Said)
 
 
 def check(path: Path, ca_pem: bytes | None, ca_name: str) -> Checked:
@@ -60,7 +63,7 @@ def check(path: Path, ca_pem: bytes | None, ca_name: str) -> Checked:
     if not first:
         bad = BadRecord(1, 0, None, Fault(BEGIN, "a first record of kind begin", "an empty file"))
         verified = Verified(GENESIS, bad, 0, 0, (), {})
-    return Checked(verified, coordinator, log.run_id, frozenset(log.rounds))
+    return Checked(verified, coordinator, log.run_id, frozenset(log.rounds), log.said)
 
 
 @dataclass
@@ -73,6 +76,7 @@ class _Log:
     run_id: str = ""
     keys: dict[str, bytes] = field(default_factory=dict)
     rounds: set[int] = field(default_factory=set)
+    said: Said = field(default_factory=Said)
 
     def coordinator(self, begin: Record) -> Peer | Fault | None:
         """The signer by the first record, None where it has no certificate and needs none."""
@@ -112,6 +116,7 @@ class _Log:
         number = record.fields.get("round")
         if type(number) is int and number > 0:
             self.rounds.add(number)
+        self.said.hear(record)
         if record.kind != REGISTER or not self.signed:
             return None
         client_id = record.fields.get("client_id")

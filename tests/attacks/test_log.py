@@ -146,6 +146,7 @@ def test_the_machine_readable_answer(run_dir: Path, honest: Log, capsys: pytest.
         "witnesses": {witness.removeprefix("witness="): {"heads": 4, "disagree": []}},
         "torn_bytes": 0,
         "bad": None,
+        "files": [],
         "verdict": "intact",
     }
     lines = [*honest.lines[:3], honest.lines[3].replace('"round":1', '"round":3'), *honest.lines[4:]]
