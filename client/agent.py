@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 from lamina.client import policy as policies
 from lamina.client.listening import BACKOFF_S, Listener, Log, Settings, Terms, signer
-from lamina.client.spool import Finished, Spool, newest
+from lamina.client.spool import Finished, Spool, clear_others, newest
+from lamina.client.terms import HASH, whole
 from lamina.protos import statements as st
 from lamina.protos.blobs import Blob, blob
 from lamina.protos.chain import WITNESS_DOMAIN, Head, witness_statement
@@ -31,10 +32,15 @@ from lamina.protos.errors import (
     StorageError,
     TrainingError,
     UpdateRejected,
+    shown,
 )
+from lamina.protos.files import alone
 from lamina.protos.link import DATA_LOSS, Link, Refused, Unreachable
 from lamina.protos.messages import Instruction
 from lamina.protos.spec import AdapterSpec, from_json
+
+_TAKEN = "expected one agent, but another agent uses this folder. Stop that one, or take another client.state=."
+_CHANGED: Mapping[str, Any] = {}  # in place of an instruction: another run has begun
 
 
 class Superseded(LaminaError):
@@ -90,7 +96,8 @@ class Agent:
         # asked again: a coordinator that was restarted may not have kept the answer.
         self._current: Mapping[str, Any] | None = None
         self._done: Mapping[str, Any] | None = None
-        self._rounds: set[tuple[str, int]] = set()
+        self._failures = 0  # one after another
+        self._last: Finished | None = None
 
     def run(self) -> int:
         """Take part until the run is over.
@@ -103,7 +110,12 @@ class Agent:
             Refused: If the coordinator does not take this client.
             PolicyRefused: If the site's policy does not allow the run.
             IdentityError: If the coordinator is not whom it should be.
+            ConfigError: If another agent uses the folder.
         """
+        with alone(self._settings.folder, "client.state", _TAKEN):
+            return self._run()
+
+    def _run(self) -> int:
         self._listener.held = newest(self._settings.folder)
         self._listener.start()
         try:
@@ -122,7 +134,7 @@ class Agent:
 
     def _leave(self) -> None:
         """Tell the coordinator that this site cannot take part, so that no round waits for it."""
-        with contextlib.suppress(LaminaError, ValueError):  # then it is missed in time
+        with contextlib.suppress(LaminaError):  # then it is missed in time
             self._link.call("Report", st.signed(st.REPORT, {"kind": "leave"}, self._sign), 5.0)
 
     def stop(self) -> None:
@@ -137,7 +149,7 @@ class Agent:
         spool = Spool(self._settings.folder / terms.run_id)
         self._log("run", run_id=terms.run_id, rounds=terms.document["rounds"], rank=terms.document["rank"])
         try:
-            last = spool.load()
+            self._last = last = spool.load()
             spec = self._spec(terms, spool)
         except OSError as error:
             raise StorageError(
@@ -146,30 +158,38 @@ class Agent:
             ) from None
         self._worker.begin(terms.document, spec, last.state if last else {}, last.version if last else -1)
         self._listener.held = (terms.run_id, last.version if last else -1)
+        clear_others(self._settings.folder, terms.run_id)
         self._log("ready", last_finished_round=last.round if last else None)
         while True:
             document = self._inbox.wait(lambda: self._next(terms), 3600.0)
             if document is None:
                 continue
-            if document.get("kind") == "changed":
+            if document is _CHANGED:
                 return False
             if document.get("kind") == "ended":
-                self._log("ended", why=str(document.get("why"))[:20])
+                self._log("ended", why=shown(document.get("why")))
+                spool.sweep({terms.document["spec"][0]})
                 self._inbox.put(terms=None, document=None)
                 return True
-            last = self._answer(terms, spool, document, last)
+            self._answer(terms, spool, document)
 
     def _next(self, terms: Terms) -> Mapping[str, Any] | None:
         """The newest instruction of the run that has not been dealt with."""
         if self._inbox.terms is not None and self._inbox.terms.run_id != terms.run_id:
-            return {"kind": "changed"}
+            return _CHANGED
         document = self._inbox.document
         return None if document is self._done else document
 
     def _spec(self, terms: Terms, spool: Spool) -> AdapterSpec:
         name, num_bytes = terms.document["spec"]
         found = self._persist(lambda: self._link.download(Blob(name, num_bytes, b""), spool.releases))
-        return from_json(found.read().decode(), "the coordinator's spec")
+        spec = from_json(found.read(), "the coordinator's schema")
+        if spec.hashes != terms.document["hashes"]:
+            raise IdentityError(
+                "the coordinator's schema: expected the hashes of the base that the terms name, got others. "
+                "Ask the operator of the coordinator."
+            )
+        return spec
 
     def _persist(self, action: Callable[[], Any]) -> Any:
         """Try again while the network is down, for as long as the listening thread has not given up."""
@@ -177,45 +197,62 @@ class Agent:
         while True:
             try:
                 return action()
-            except (Unreachable, ValueError) as error:  # ValueError: the channel was closed to dial again
-                if isinstance(error, ValueError) and "closed channel" not in str(error):
-                    raise
-                low, high = BACKOFF_S
-                self._inbox.wait(lambda: None, self._clock.real(min(high, low * 2**attempt)))
-                attempt = min(attempt + 1, 10)
+            except Unreachable:
+                self._pause(attempt)
+                attempt += 1
 
-    def _answer(
-        self, terms: Terms, spool: Spool, document: Mapping[str, Any], last: Finished | None
-    ) -> Finished | None:
+    def _pause(self, attempt: int) -> None:
+        low, high = BACKOFF_S
+        self._inbox.wait(lambda: None, self._clock.real(min(high, low * 2 ** min(attempt, 10))))
+
+    def _answer(self, terms: Terms, spool: Spool, document: Mapping[str, Any]) -> None:
         """Do what one instruction asks. Whatever goes wrong is reported as a code."""
         self._current = document
+        number = document["round"] if whole(document.get("round"), 0) else None
+        code = ""
         try:
             if document.get("kind") == "evaluate":
                 self._measure(terms, spool, document)
             else:
-                last = self._train(terms, spool, document, last)
+                self._train(terms, spool, document)
+            self._failures = 0
         except Superseded:
             if self._over.is_set():
                 raise
-            self._log("superseded", round=document.get("round"))
+            self._log("superseded", round=number)
         except Refused as error:
-            self._log("refused", round=document.get("round"), message=str(error))
-            if error.code is DATA_LOSS:
-                self._report(document, code="release")
+            self._log("refused", round=number, message=str(error))
+            if "Register again" in str(error):
+                self._again()
+                return
+            code = "release" if error.code is DATA_LOSS else ""
         except (PolicyRefused, IdentityError) as error:
-            self._log("policy", round=document.get("round"), message=str(error))
-            self._report(document, code="policy")
+            self._log("policy", round=number, message=str(error))
+            code = "policy"
         except LaminaError as error:
             code = failure_code(error)
-            self._log("failed", round=document.get("round"), code=code, message=str(error))
-            self._report(document, code=code)
+            self._log("failed", round=number, code=code, message=str(error))
         except Exception as error:  # noqa: BLE001  an entry point: the agent lives on, and the error's text stays here
             code = failure_code(error)
-            self._log("failed", round=document.get("round"), code=code, where=_where(error))
+            self._log("failed", round=number, code=code, where=_where(error))
+        if code:
             self._report(document, code=code)
+            self._slow_down()
         self._done = self._current
         self._listener.at = (0, 0)
-        return last
+
+    def _slow_down(self) -> None:
+        """Wait after a failure, longer with each, so that a coordinator cannot fill the log."""
+        self._pause(self._failures)
+        self._failures += 1
+
+    def _again(self) -> None:
+        """Register anew, as the coordinator says; what it asks is then answered again."""
+        before = self._inbox.terms
+        self._slow_down()
+        if self._inbox.terms is before:
+            self._link.dial()  # the listening thread registers where its stream ends
+        self._inbox.wait(lambda: None if self._inbox.terms is before else self._inbox.terms, 3600.0)
 
     def _instruction(self, spool: Spool, document: Mapping[str, Any], terms: Terms) -> Instruction:
         """An instruction with its release fetched and checked."""
@@ -224,13 +261,10 @@ class Agent:
             raise IdentityError("instruction: expected one of this run for this client, got another.")
         if document.get("base") != terms.document["hashes"] or document.get("spec") != terms.document["spec"][0]:
             raise IdentityError("instruction: expected the base and schema of the terms, got others.")
-        policies.check_instruction(
-            self._settings.policy,
-            asked.kind,
-            asked.round,
-            asked.num_bytes,
-            len(self._rounds - {(asked.run_id, asked.round)}),
-        )
+        last_round, parent = spool.trained()
+        if (asked.round, asked.release_hash) == (last_round, parent):
+            last_round -= 1  # the same again, from a coordinator that was restarted, is no new round
+        policies.check_instruction(self._settings.policy, asked.kind, asked.round, asked.num_bytes, last_round)
         names = [part for part in (asked.release, asked.frozen) if part is not None]
         spool.sweep({part.sha256 for part in names} | {terms.document["spec"][0]})
         fetched = {part.sha256: self._fetched(spool, part, document) for part in names}
@@ -253,8 +287,8 @@ class Agent:
             )
         self._current = newest or document
 
-    def _train(self, terms: Terms, spool: Spool, document: Mapping[str, Any], last: Finished | None) -> Finished | None:
-        asked = st.instruction_of(document, lambda sha256, num_bytes: Blob(sha256, num_bytes, b""))
+    def _train(self, terms: Terms, spool: Spool, document: Mapping[str, Any]) -> None:
+        last, asked = self._last, st.instruction_of(document, lambda sha256, num_bytes: Blob(sha256, num_bytes, b""))
         if last is None or (last.round, last.parent) != (asked.round, asked.release_hash):
             instruction = self._instruction(spool, document, terms)
 
@@ -267,12 +301,10 @@ class Agent:
             finished = Finished(
                 instruction.round, instruction.release_hash, instruction.version, blob(made.update), made.state
             )
-            last = spool.save(finished)
+            self._last = last = spool.save(finished)
             self._listener.held = (terms.run_id, last.version)
         policies.check_upload(self._settings.policy, last.update.num_bytes)
-        self._rounds.add((terms.run_id, last.round))
         self._upload(terms, spool, document, last)
-        return last
 
     def _upload(self, terms: Terms, spool: Spool, document: Mapping[str, Any], last: Finished) -> None:
         claim = {
@@ -294,21 +326,23 @@ class Agent:
             self._link.upload(signed, path, int(terms.document["chunk_bytes"]))
 
         self._persist(send)
+        spool.accepted(last)
         self._log("sent", round=last.round, bytes_up=last.update.num_bytes)
 
     def _witness(self, spool: Spool, document: Mapping[str, Any]) -> list[Any] | None:
         """A countersignature over the head of the log that the instruction names, unless the log has gone back."""
-        try:
-            n, seen = document["log"]
-            head = Head(int(n), str(seen))
-        except (KeyError, TypeError, ValueError):
+        log = document.get("log")
+        if not isinstance(log, list) or [type(one) for one in log] != [int, str]:
+            return None
+        head = Head(*log)
+        if not 0 <= head.n < st.MAX_NUMBER or HASH.fullmatch(head.hash) is None:
             return None
         before = spool.witnessed()
         if before is not None and (head.n < before.n or (head.n == before.n and head.hash != before.hash)):
             raise IdentityError(
                 f"the coordinator's log: expected record {before.n} with hash {before.hash[:12]}… or a later one, got "
                 f"{head.n} with {head.hash[:12]}…: it was cut or rewritten. Ask its operator; if it was restored from a copy, "
-                f"remove {spool.root / 'witness.txt'}."
+                f"stop this agent and move {spool.root} away."
             )
         if before != head:
             spool.witness(head)
@@ -324,7 +358,9 @@ class Agent:
         self._report(document, figures=figures)
 
     def _report(self, document: Mapping[str, Any], **said: Any) -> None:
-        about = {"run_id": document.get("run_id"), "round": document.get("round"), "instruction": document.get("kind")}
+        about = {"instruction" if name == "kind" else name: document.get(name) for name in ("run_id", "round", "kind")}
+        if not all(isinstance(one, str | int) for one in about.values()):
+            return  # nobody waits for an answer to what is no instruction
         kind = "figures" if "figures" in said else "failure"
         message = st.signed(st.REPORT, {"kind": kind, **about, **said}, self._sign)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ SUFFIXES = (".jsonl", ".csv", ".parquet", ".txt")
 # Column that loaders add: the file of a directory that a row came from.
 FILE_COLUMN = "__file__"
 _PARAGRAPHS_CHARS = 2000
+_KEYED = (".jsonl", ".parquet")
+_COLUMN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +99,10 @@ def _files(source: str) -> list[Path] | None:
             raise DataError(
                 f"data.source={source}: expected a file ending in {', '.join(SUFFIXES)}, got {path.suffix!r}."
             )
-        return list(_read(path, config))
+        return [path]
     if source.startswith((".", "/", "~")) or source.lower().endswith(SUFFIXES):
         raise DataError(f"data.source={source}: expected a file, found none. Check the path.")
-    return _from_hub(source, config)
+    return None
 
 
 def _from_hub(source: str, config: DataConfig) -> list[Row]:
@@ -210,8 +213,15 @@ def check_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> No
     for column in columns:
         for number, row in enumerate(rows, 1):
             if row.get(column) is None:
-                known = ", ".join(sorted(str(key) for key in rows[0] if key != FILE_COLUMN))
-                raise DataError(f"{where}: no column {column!r} in row {number}. Columns of the first row: {known}.")
+                raise DataError(f"{where}: no column {column!r} in row {number}. {_columns(rows[0], where)}")
+
+
+def _columns(row: Row, where: str) -> str:
+    """The columns of a row by name where its format names them; those of a CSV file without a header are text."""
+    names = sorted(str(key) for key in row if key != FILE_COLUMN)
+    if str(row.get(FILE_COLUMN, where)).lower().endswith(_KEYED) and all(map(_COLUMN.fullmatch, names)):
+        return f"Columns of the first row: {', '.join(names)}."
+    return f"The first row has {len(names)} columns; in a CSV file the first line names them."
 
 
 def text_columns(config: DataConfig, task: str) -> list[str]:
@@ -266,7 +276,7 @@ class Encoder:
         if self.task == "sequence-classification":
             return self._labelled(rows)
         if self.config.messages_column:
-            made = [self._chat(row[self.config.messages_column]) for row in rows]
+            made = [self._chat(row[self.config.messages_column], number) for number, row in enumerate(rows, 1)]
         elif self.config.prompt_column:
             made = self._responses(rows)
         else:
@@ -307,13 +317,15 @@ class Encoder:
             )
         return examples
 
-    def _chat(self, messages: Any) -> Example:
+    def _chat(self, messages: Any, number: int) -> Example:
         if not isinstance(messages, list) or not all(
-            isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
         ):
             column = self.config.messages_column
             raise DataError(
-                f"data.messages_column={column}: expected a list of objects with role and content in every row."
+                f"data.messages_column={column}: expected a list of objects with role and content, both text, in every "
+                f"row, got another thing in row {number}."
             )
         if not getattr(self.tokenizer, "chat_template", None):
             raise DataError(

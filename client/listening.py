@@ -18,7 +18,7 @@ from lamina.protos import statements as st
 from lamina.protos.clock import Clock
 from lamina.protos.errors import IdentityError, LaminaError
 from lamina.protos.identity import Identity, check_in_force, sign, verified_peer, verify
-from lamina.protos.link import Address, Link, Unreachable
+from lamina.protos.link import Address, Link, Refused, Unreachable
 
 VERSIONS = (st.PROTOCOL,)
 BACKOFF_S = (0.5, 15.0)
@@ -136,8 +136,9 @@ class Listener:
                     self.inbox.put(error=fatal)
                     return
             except LaminaError as error:
-                self.inbox.put(error=error)
-                return
+                if not (isinstance(error, Refused) and "Register again" in str(error)):
+                    self.inbox.put(error=error)
+                    return
             low, high = BACKOFF_S
             pause = min(high, low * 2**attempt) * (0.5 + random.random() / 2)
             attempt = min(attempt + 1, 10)
@@ -168,7 +169,7 @@ class Listener:
                 try:
                     request = pb.HeartbeatRequest(run_id=terms.run_id, round=number, step=step)
                     self._link.call("Heartbeat", request, 10.0)
-                except (LaminaError, ValueError):
+                except LaminaError:
                     pass  # the other thread notices, and says so
             beat = float(terms.document["heartbeat_s"]) if terms else 1.0
             self.over.wait(self._clock.real(beat))

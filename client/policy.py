@@ -74,6 +74,7 @@ class Policy:
         raw_updates_to_peers: Whether every other site may see this site's update as it was sent, as under `stack`.
         max_rounds: Most rounds of a run.
         max_local_steps: Most forward and backward passes of a round: train.local_steps x train.accumulation.
+        max_batch_tokens: Most tokens of a forward pass: examples of a batch x train.max_length.
         max_rank: Largest rank to train.
         max_bytes_down: Most bytes of a round's release.
         max_bytes_up: Most bytes of a round's update.
@@ -91,6 +92,7 @@ class Policy:
     raw_updates_to_peers: bool = True
     max_rounds: int = 10_000
     max_local_steps: int = 100_000
+    max_batch_tokens: int = 1024**2
     max_rank: int = 1024
     max_bytes_down: int = 16 * 1024**3
     max_bytes_up: int = 16 * 1024**3
@@ -146,7 +148,7 @@ def check_terms(policy: Policy, terms: Mapping[str, Any], coordinator_name: str 
         raise PolicyRefused("\n".join(wrong))
 
 
-def check_instruction(policy: Policy, kind: str, round_number: int, num_bytes: int, rounds_done: int) -> None:
+def check_instruction(policy: Policy, kind: str, round_number: int, num_bytes: int, last_round: int) -> None:
     """Refuse an instruction that the policy does not allow.
 
     Args:
@@ -154,7 +156,7 @@ def check_instruction(policy: Policy, kind: str, round_number: int, num_bytes: i
         kind: `train` or `evaluate`, as the coordinator says.
         round_number: As the coordinator says.
         num_bytes: Of the release, before it is fetched.
-        rounds_done: Rounds in which this site has trained already, by its own count.
+        last_round: The last in which this site has trained in the run, by its own record; 0 for none.
 
     Raises:
         PolicyRefused: Naming everything that is wrong.
@@ -166,9 +168,13 @@ def check_instruction(policy: Policy, kind: str, round_number: int, num_bytes: i
         wrong.append(_refused(policy, "leave.evaluation", "no evaluation of releases", "one", "not to ask for one"))
     if not whole(round_number, 0 if kind == "evaluate" else 1):
         wrong.append(expected_got("instruction.round", "a round, from 1", round_number))
-    elif round_number > policy.max_rounds or (kind == "train" and rounds_done >= policy.max_rounds):
-        got = f"round {round_number} when {rounds_done} are done here"
-        wrong.append(_refused(policy, "max_rounds", f"at most {policy.max_rounds} rounds", got, "fewer rounds"))
+    elif round_number > policy.max_rounds:
+        limit = f"at most {policy.max_rounds} rounds"
+        wrong.append(_refused(policy, "max_rounds", limit, f"round {round_number}", "fewer rounds"))
+    elif kind == "train" and round_number <= last_round:
+        then = "Ask its operator; if it was restored from a copy, stop this agent and move the run's folder in client.state away."
+        expected = f"one after {last_round}, which is trained, or that one from the same release"
+        wrong.append(expected_got("instruction.round", expected, round_number, then))
     if not whole(num_bytes, 0):
         wrong.append(expected_got("instruction.num_bytes", "a number of bytes", num_bytes))
     elif num_bytes > policy.max_bytes_down:
@@ -301,20 +307,27 @@ def _strangers(policy: Policy, terms: Mapping[str, Any], coordinator_name: str |
 
 def _too_much(policy: Policy, terms: Mapping[str, Any]) -> Iterator[str]:
     """More work than the site gives."""
-    ranks = [terms["rank"], *terms.get("budget", {"train": {}})["train"].values()]
+    ranks = [terms["rank"], *terms["budget"]["train"].values()]
     for key, got, most in (("rounds", terms["rounds"], policy.max_rounds), ("rank", max(ranks), policy.max_rank)):
         if got > most:
             yield _refused(policy, f"max_{key}", f"{key} <= {most}", shown(got), f"a smaller {key}")
-    _, schema_bytes = terms.get("spec", ("", 0))
+    _, schema_bytes = terms["spec"]
     if schema_bytes > policy.max_bytes_down:
         limit = f"a schema of at most {policy.max_bytes_down} bytes"
         yield _refused(policy, "max_bytes_down", limit, shown(schema_bytes), "a smaller schema")
-    defaults = TrainConfig()
-    steps = terms["task"].get("train.local_steps", defaults.local_steps)
-    accumulation = terms["task"].get("train.accumulation", defaults.accumulation)
+    task, defaults = terms["task"], TrainConfig()
+    steps = task.get("train.local_steps", defaults.local_steps)
+    accumulation = task.get("train.accumulation", defaults.accumulation)
     if min(steps, accumulation) < 1 or steps * accumulation > policy.max_local_steps:
         limit = f"1 <= train.local_steps x train.accumulation <= {policy.max_local_steps}"
         yield _refused(policy, "max_local_steps", limit, f"{steps} x {accumulation}", "shorter rounds")
+    length = task.get("train.max_length", defaults.max_length)
+    batches = {"train": defaults.batch_size, "evaluate": EvaluateConfig().batch_size}
+    for part, default in batches.items():
+        batch = task.get(f"{part}.batch_size", default)
+        if min(batch, length) < 1 or batch * length > policy.max_batch_tokens:
+            limit = f"1 <= {part}.batch_size x train.max_length <= {policy.max_batch_tokens}"
+            yield _refused(policy, "max_batch_tokens", limit, f"{batch} x {length}", "smaller batches")
 
 
 def _too_open(policy: Policy, terms: Mapping[str, Any]) -> Iterator[str]:

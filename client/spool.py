@@ -1,5 +1,5 @@
 """What a site keeps on disk so that nothing is lost: the last finished update with the client's state after it, releases that
-were fetched, and the heads of the coordinator's log that this site has seen.
+were fetched, the round that was trained last, and the heads of the coordinator's log that this site has seen.
 
 An update and the state that follows from it appear together, before the update is sent. After a kill the update is offered
 again; it is never trained twice from a state that has moved on.
@@ -7,6 +7,7 @@ again; it is never trained twice from a state that has moved on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -15,10 +16,10 @@ from pathlib import Path
 
 from lamina.protos.blobs import Blob
 from lamina.protos.chain import Head, witness_heads, witness_line
-from lamina.protos.errors import CheckpointError
-from lamina.protos.files import append_durably, sha256, write_folder
+from lamina.protos.errors import CheckpointError, ConfigError
+from lamina.protos.files import append_durably, sha256, write_atomic, write_folder
 
-_UPDATE, _META = "update.safetensors", "meta.json"
+_UPDATE, _META, _SENT, _TRAINED = "update.safetensors", "meta.json", "sent", "trained.txt"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Spool:
         Returns:
             The same, with the update in its file.
         """
-        folder = self.root / f"finished-{finished.round:06d}"
+        folder = self._folder(finished)
+        write_atomic(self.root / _TRAINED, f"{finished.round} {finished.parent}\n")
         files = {f"state/{name}": content for name, content in finished.state.items()}
         hashes = {name: sha256(content) for name, content in files.items()} | {_UPDATE: finished.update.sha256}
         files[_UPDATE] = finished.update.read()
@@ -79,6 +81,33 @@ class Spool:
             if older != folder:
                 shutil.rmtree(older, ignore_errors=True)
         return replace(finished, update=replace(finished.update, content=folder / _UPDATE))
+
+    def _folder(self, finished: Finished) -> Path:
+        return self.root / f"finished-{finished.round:06d}"
+
+    def trained(self) -> tuple[int, str]:
+        """The round that was trained last and its release's hash, also where the update is gone by now; 0 for none."""
+        path = self.root / _TRAINED
+        if not path.exists():
+            return 0, ""
+        try:
+            number, parent = path.read_text().split()
+            return int(number), parent
+        except (OSError, ValueError):
+            raise CheckpointError(
+                f"{path}: expected the round that was trained last. Remove the run's folder; it gets everything again."
+            ) from None
+
+    def accepted(self, finished: Finished) -> None:
+        """The coordinator has the update; where that cannot be noted, the update stays longer."""
+        with contextlib.suppress(OSError):
+            (self._folder(finished) / _SENT).touch()
+
+    def clear(self) -> None:
+        """Remove the update that the coordinator has, and what was fetched; what was trained and witnessed is remembered."""
+        self.sweep(set())
+        for sent in self.root.glob(f"finished-*/{_SENT}"):
+            shutil.rmtree(sent.parent, ignore_errors=True)
 
     def load(self) -> Finished | None:
         """The last finished update, every file checked, or None; `CheckpointError` if a disk has changed it."""
@@ -112,14 +141,32 @@ class Spool:
         path = self.root / "witness.txt"
         if not path.exists():
             return None
-        text = path.read_text()
-        heads = witness_heads(text[: text.rfind("\n") + 1], str(path))
+        try:
+            text = path.read_text()
+            heads = witness_heads(text[: text.rfind("\n") + 1], str(path))
+        except (OSError, UnicodeDecodeError, ConfigError) as error:
+            raise CheckpointError(
+                f"{path}: expected the heads of the coordinator's log that this site has seen, got a file that cannot be read "
+                f"({error}). Move it away and keep it for the auditor; the next head begins a new one."
+            ) from None
         return heads[-1] if heads else None
 
     def witness(self, head: Head) -> None:
         """Remember a head; `lamina log verify … witness=` reads the file."""
         self.root.mkdir(parents=True, exist_ok=True)
         append_durably(self.root / "witness.txt", witness_line(head))
+
+
+def clear_others(folder: Path, run_id: str) -> None:
+    """Clear what runs before this one have left in a site's folder; an update that was not accepted stays.
+
+    Args:
+        folder: With a folder a run.
+        run_id: Of the run that begins.
+    """
+    for trained in folder.glob(f"*/{_TRAINED}"):
+        if trained.parent.name != run_id:
+            Spool(trained.parent).clear()
 
 
 def newest(folder: Path) -> tuple[str, int]:

@@ -44,6 +44,8 @@ SITE_KEYS = ("train.device", "lora.rank", "privacy.nominal_examples")
 NAME = re.compile(r"(?!\.{1,2}\Z)[^/\\\x00-\x1f\x7f]{1,128}")
 HASH = re.compile(r"[0-9a-f]{64}")
 _MAX_TEXT = 4096
+_MAX_SCHEMA_BYTES = 64 * 1024**2  # it is read whole
+_MAX_CHUNK_BYTES = 16 * 1024**2  # the link sends no message above 24 MiB
 _MAX_DEPTH = 4
 _MAX_INTEGER = 2**63 - 1
 
@@ -208,8 +210,9 @@ def _is_budget(value: Any) -> bool:
     )
 
 
-def _is_blob(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and _is_hash(value[0]) and whole(value[1], 0)
+def _is_schema(value: Any) -> bool:
+    named = isinstance(value, list) and len(value) == 2 and _is_hash(value[0]) and whole(value[1], 0)
+    return named and value[1] <= _MAX_SCHEMA_BYTES
 
 
 # What every coordinator says, in words and as a test.
@@ -227,13 +230,13 @@ _TERMS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         "SHA-256 hashes by name, `weights` among them",
         lambda value: isinstance(value, Mapping) and "weights" in value and all(map(_is_hash, value.values())),
     ),
+    "budget": ("ranks and scales by module", _is_budget),
+    "spec": ("the SHA-256 and length of the schema, at most 64 MiB", _is_schema),
+    "heartbeat_s": ("0.05 to 3600 seconds", lambda value: number(value) and 0.05 <= value <= 3600),
+    "chunk_bytes": ("at most 16 MiB", lambda value: whole(value, 1) and value <= _MAX_CHUNK_BYTES),
 }
 
 # What a coordinator may say besides.
 _OPTIONAL: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "cohort_at_least": ("a whole number >= 1", lambda value: whole(value, 1)),
-    "budget": ("ranks and scales by module", _is_budget),
-    "spec": ("the SHA-256 and length of the schema", _is_blob),
-    "heartbeat_s": ("seconds, at most 3600", lambda value: number(value) and 0 < value <= 3600),
-    "chunk_bytes": ("at most 64 MiB", lambda value: whole(value, 1) and value <= 64 * 1024**2),
 }

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from lamina.protos.errors import ConfigError
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -65,6 +69,36 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)
     fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def alone(path: Path, setting: str, taken: str) -> Iterator[None]:
+    """Keep a second process, or a second agent of this one, out of a folder; a process that dies lets go of it.
+
+    Args:
+        path: The folder, made if need be.
+        setting: That names it, for messages.
+        taken: What is wrong where another has it, and what to do.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ConfigError: If another has it, or it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"{setting}={path}: expected a place to write, got {error.strerror}.") from None
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{setting}={path}: {taken}") from None
+        yield
+    finally:
+        os.close(folder)
 
 
 def fsync_folder(path: Path) -> None:

@@ -106,11 +106,11 @@ class AdapterSpec:
         return json.dumps(document, indent=1)
 
 
-def from_json(text: str, where: str = "spec.json") -> AdapterSpec:
+def from_json(text: str | bytes, where: str = "spec.json") -> AdapterSpec:
     """Read a spec.
 
     Args:
-        text: What `AdapterSpec.to_json` wrote.
+        text: What `AdapterSpec.to_json` wrote; bytes as UTF-8.
         where: File name for messages.
 
     Returns:
@@ -125,17 +125,24 @@ def from_json(text: str, where: str = "spec.json") -> AdapterSpec:
             name: np.frombuffer(base64.b64decode(v["float32"]), dtype="<f4").reshape(v["shape"]).astype(np.float32)
             for name, v in document["dense"].items()
         }
+        labels, hashes = tuple(document["labels"]), dict(document["hashes"])
+        texts = (document["task"], document["base_model"], *labels, *hashes.values())
+        if not all(isinstance(one, str) for one in texts):
+            raise TypeError("task, base_model, a label or a hash is no text")
         return AdapterSpec(
             modules={name: (int(shape[0]), int(shape[1])) for name, shape in document["modules"].items()},
             task=document["task"],
-            labels=tuple(document["labels"]),
+            labels=labels,
             dense=dense,
             base_model=document["base_model"],
-            hashes=document["hashes"],
+            hashes=hashes,
             fan_in_fan_out=bool(document.get("fan_in_fan_out", False)),
         )
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ConfigError(f"{where}: expected a spec written by `lamina spec MODEL`, got {error!r}.") from None
+    except (
+        ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
+        got = f"{type(error).__name__}: {error}"[:200]
+        raise ConfigError(f"{where}: expected a spec written by `lamina spec MODEL`, got {got}.") from None
 
 
 def read(path: Path) -> AdapterSpec:
@@ -151,6 +158,6 @@ def read(path: Path) -> AdapterSpec:
         ConfigError: If the file is missing or no spec.
     """
     try:
-        return from_json(path.read_text(), str(path))
+        return from_json(path.read_bytes(), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: expected a spec file, got {error}. Write one with `lamina spec MODEL`.") from None

@@ -21,7 +21,7 @@ from typing import Any
 from lamina.protos.clock import SYSTEM, Clock
 from lamina.protos.config import Config, checked
 from lamina.protos.errors import StorageError
-from lamina.protos.files import sha256
+from lamina.protos.files import alone, sha256
 from lamina.protos.link import check_exposed
 from lamina.protos.logs import Log
 from lamina.protos.messages import Reply
@@ -35,12 +35,12 @@ from lamina.server.port.mailbox import Stopped
 from lamina.server.port.run import Run
 from lamina.server.rounds import Loop
 from lamina.server.rounds import run as run_rounds
-from lamina.server.store import run_directory
 from lamina.server.store.base import Completed, Evaluation
 from lamina.server.store.log_files import ADAPTER, ROUNDS
 from lamina.strategies.base import ServerState
 
 _LOOK_S = 1.0
+_TAKEN = "expected a run that nobody works on, but another coordinator has it. Stop that one, or take another output=."
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 # How long clients are given to hear that the run is over: those on the line, and after a restart those who will dial again.
 _FAREWELL_S = 30.0
@@ -85,7 +85,7 @@ def serve(
     """
     checked(config)
     check_exposed(config.coordinator.listen, config.insecure, "coordinator.listen")
-    with run_directory.alone(path):
+    with alone(path, "output", _TAKEN):
         return _serve(config, path, log, clock, ready)
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,37 +39,6 @@ def create(path: Path, config_yaml: str) -> None:
         (path / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output={path}: expected a place to write, got {error.strerror}.") from None
-
-
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Keep a second coordinator out of a run directory; a process that dies lets go of it.
-
-    Args:
-        path: The run directory, made if need be.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ConfigError: If another has it, or it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise ConfigError(f"output={path}: expected a place to write, got {error.strerror}.") from None
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"output={path}: expected a run that nobody works on, but another coordinator has it. Stop that one, or "
-                "take another output=."
-            ) from None
-        yield
-    finally:
-        os.close(folder)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -122,8 +122,6 @@ def test_nonsense_in_an_instruction_is_refused(kind: Any, number: Any, num_bytes
 
 def test_the_fair_terms_pass_and_each_lie_does_not() -> None:
     assert passes(STRICT, terms(FAIR, cohort_at_least=3))
-    more = {"budget": budget({"q_proj": 8}), "spec": ["ab" * 32, 900], "heartbeat_s": 10.0, "chunk_bytes": 1024}
-    assert passes(STRICT, terms(FAIR, cohort_at_least=3, **more))
     lies: dict[str, Any] = {
         "stack under another view": {"strategy": "stack", "released_view": "aggregate"},
         "no cohort": {"cohort_at_least": None},
@@ -139,14 +137,21 @@ def test_the_fair_terms_pass_and_each_lie_does_not() -> None:
         "a budget of a huge scale": {"budget": budget({"q_proj": 8}) | {"scale": {"q_proj": 10**400}}},
         "half a budget": {"budget": {"train": {"q_proj": 8}}},
         "a schema that fills the disk": {"spec": ["ab" * 32, 2**60]},
+        "a schema that fills the memory": {"spec": ["ab" * 32, 64 * 1024**2 + 1]},
         "a schema without a hash": {"spec": ["", 10]},
         "no heartbeats": {"heartbeat_s": 1e12},
         "a heartbeat that never waits": {"heartbeat_s": 0},
+        "a heartbeat that hardly waits": {"heartbeat_s": 1e-9},
         "one huge chunk": {"chunk_bytes": 2**40},
+        "a chunk that no message holds": {"chunk_bytes": 24 * 1024**2},
         "no weights": {"hashes": {"config": "ab" * 32}},
     }
     for name, lie in lies.items():
         assert not passes(STRICT, terms(FAIR, cohort_at_least=3) | lie), name
+    for key in ("budget", "spec", "heartbeat_s", "chunk_bytes"):
+        told = terms(FAIR, cohort_at_least=3)
+        del told[key]
+        assert not passes(STRICT, told), key
     assert not passes(STRICT, terms(FAIR))
     assert not passes(STRICT, terms(FAIR, cohort_at_least=3), None)
 
@@ -170,6 +175,10 @@ def test_the_fair_terms_pass_and_each_lie_does_not() -> None:
         {"train.local_steps": 10**6},
         {"train.local_steps": -5, "train.accumulation": -5},
         {"train.local_steps": 0},
+        {"train.batch_size": 2**20, "train.max_length": 2**20},
+        {"train.batch_size": -8, "train.max_length": -128},
+        {"evaluate.batch_size": 2**20},
+        {"train.max_length": 2**21},
         {"seed": 2**63},
         {"rounds": 21},
         {"strategy.name": "stack"},

@@ -158,6 +158,27 @@ def test_a_missing_column_names_row_and_columns_but_no_value(rows: list[dict[str
     assert texts.SECRET not in message
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_csv_file_without_a_header_shows_no_row(tmp_path: Path, folder: bool) -> None:
+    (tmp_path / "visits.csv").write_text(f"2021-03-01,Jane,{texts.SECRET}\n2021-03-02,John,well\n")
+    source = str(tmp_path if folder else tmp_path / "visits.csv")
+    with pytest.raises(DataError) as caught:
+        check_columns(load_rows(source, DataConfig()), ["text"], f"data.source={source}")
+    message = str(caught.value)
+    assert "no column 'text' in row 1. The first row has 3 columns; in a CSV file the first line names them." in message
+    assert not any(word in message for word in ("2021", "Jane", texts.SECRET))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_keys_that_are_names_are_told_and_others_counted(tmp_path: Path, suffix: str) -> None:
+    for keys, told in [(("note", "label"), "Columns of the first row: label, note."), (("Jane Jones", "b"), "has 2")]:
+        file = WRITERS[suffix](tmp_path / f"rows{suffix}", [dict.fromkeys(keys, "x")])
+        with pytest.raises(DataError) as caught:
+            check_columns(load_rows(str(file), DataConfig()), ["text"], f"data.source={file}")
+        assert told in str(caught.value)
+        assert "Jane" not in str(caught.value)
+
+
 def test_no_rows_at_all_is_an_error() -> None:
     with pytest.raises(DataError, match="found none"):
         check_columns([], ["text"], "data.source=empty.jsonl")
@@ -255,6 +276,14 @@ def test_malformed_messages_are_a_data_error_without_their_text(tokenizer: Any, 
     with pytest.raises(DataError) as caught:
         encoder(tokenizer, messages_column="m").examples([{"m": messages}])
     assert "role and content" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [4711, 4711.5, None, ["4711"], {"text": "4711"}])
+def test_a_message_whose_content_is_no_text_names_its_row_alone(tokenizer: Any, content: Any) -> None:
+    rows = [{"m": [{"role": "user", "content": "hi"}]}, {"m": [{"role": "assistant", "content": content}]}]
+    with pytest.raises(DataError, match="got another thing in row 2") as caught:
+        encoder(tokenizer, messages_column="m").examples(rows)
+    assert "4711" not in str(caught.value)
 
 
 def test_chat_without_an_assistant_turn_gives_no_example(tokenizer: Any) -> None:

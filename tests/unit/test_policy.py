@@ -40,6 +40,10 @@ def terms(task: Mapping[str, Any] | None = None, **changed: Any) -> dict[str, An
         "hashes": {"weights": WEIGHTS, "config": "cd" * 32},
         "strategy": "recompress",
         "released_view": "aggregate",
+        "budget": {"train": {"q_proj": 8}, "download": {"q_proj": 8}, "scale": {"q_proj": 2.0}, "held_version": -1},
+        "spec": ["ef" * 32, 900],
+        "heartbeat_s": 10.0,
+        "chunk_bytes": 1024**2,
         "task": {"task": "causal-lm", "train.local_steps": 20, "privacy.mode": "none", **(task or {})},
     }
     return given | changed
@@ -151,6 +155,10 @@ REFUSED: dict[str, tuple[Policy, dict[str, Any]]] = {
     "max_rounds": (Policy(max_rounds=19), terms()),
     "max_rank": (Policy(max_rank=7), terms()),
     "max_local_steps": (Policy(max_local_steps=19), terms()),
+    "max_batch_tokens": (
+        Policy(max_batch_tokens=8 * 127),
+        terms({"train.batch_size": 8, "train.max_length": 128, "evaluate.batch_size": 1}),
+    ),
     "min_clients": (Policy(min_clients=3), terms(cohort_at_least=2)),
     "privacy.mode_at_least": (Policy(privacy=PrivacyFloor("example-dp")), terms({"privacy.mode": "client-dp"})),
     "privacy.unit_at_least": (
@@ -181,6 +189,7 @@ def test_terms_beyond_the_policy_are_refused_by_the_name_of_its_key(key: str) ->
 
 ALLOWED: list[tuple[Policy, dict[str, Any]]] = [
     (Policy(consortium="lungs", base_hashes=(WEIGHTS,), tasks=("causal-lm",), strategies=("recompress",)), terms()),
+    (Policy(max_batch_tokens=32 * 128), terms()),
     (Policy(max_rounds=20, max_rank=8, max_local_steps=20, raw_updates_to_peers=False), terms()),
     (Policy(min_clients=3), terms(cohort_at_least=3)),
     (Policy(privacy=PrivacyFloor("client-dp")), terms({"privacy.mode": "example-dp"})),
@@ -240,11 +249,13 @@ def test_what_a_coordinator_may_set_is_known_and_typed() -> None:
 def test_instructions_within_the_policy() -> None:
     policy = Policy(max_rounds=5, max_bytes_down=100)
     check_instruction(policy, "train", 5, 100, 4)
+    check_instruction(policy, "train", 5, 100, 2)
     check_instruction(policy, "evaluate", 5, 100, 5)
-    check_instruction(policy, "evaluate", 0, 0, 0)
-    for kind, number, num_bytes, done, named in [
+    check_instruction(policy, "evaluate", 0, 0, 3)
+    for kind, number, num_bytes, last, named in [
         ("train", 6, 1, 0, "max_rounds: expected at most 5 rounds"),
-        ("train", 2, 1, 5, "max_rounds"),
+        ("train", 5, 1, 5, "instruction.round: expected one after 5"),
+        ("train", 2, 1, 5, "instruction.round: expected one after 5"),
         ("evaluate", 6, 1, 0, "max_rounds"),
         ("train", 1, 101, 0, "max_bytes_down: expected a release of at most 100 bytes, got 101"),
         ("train", 0, 1, 0, "instruction.round"),
@@ -254,7 +265,7 @@ def test_instructions_within_the_policy() -> None:
         ("run", 1, 1, 0, "instruction.kind: expected train or evaluate, got 'run'"),
     ]:
         with pytest.raises(PolicyRefused, match=named):
-            check_instruction(policy, kind, number, num_bytes, done)
+            check_instruction(policy, kind, number, num_bytes, last)
     with pytest.raises(PolicyRefused, match=r"leave\.evaluation"):
         check_instruction(Policy(leave=Leave(evaluation=False)), "evaluate", 1, 1, 0)
 
