@@ -257,6 +257,7 @@ def identity(folder: Path, now: datetime, revocations: Path | None = None) -> It
     Args:
         folder: Of the certificate and keys.
         now: This machine's time, aware.
+        revocations: The consortium's list of revoked certificates, or None.
 
     Yields:
         Findings.

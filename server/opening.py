@@ -179,7 +179,7 @@ def _revocations(db: Database, access: Access, identity: Identity) -> None:
     if access.is_revoked_serial(identity.peer.serial):
         raise IdentityError(
             f"{access.fault or 'The list in force revokes this coordinator.'} {identity.peer.name}'s own certificate is "
-            "revoked. Ask the consortium's operator; a new invite gives a new certificate."
+            "revoked. Ask whoever keeps the CA; a new invite gives a new certificate."
         )
 
 

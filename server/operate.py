@@ -176,8 +176,12 @@ def _stand(found: Any) -> str:
     if found["loss"] is not None:
         said.append(f"held-out loss {found['loss']:.4f}")
     if opened:
-        said.append(f"{found['rejections']} rejections in this round")
+        said.append(f"{_rejections(found['rejections'])} in this round")
     return f"run {found['run_id']}: {found['state']}, {', '.join(said)}"
+
+
+def _rejections(number: int) -> str:
+    return f"{number} rejection{'' if number == 1 else 's'}"
 
 
 def _done(found: Any) -> str:
@@ -233,5 +237,5 @@ def watched(document: Any, before: Any = None) -> str:
     loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
     return (
         f"round {record['round']}: loss {loss}, {len(record['clients'])} of {len(record['asked'])} clients, "
-        f"{len(record['rejections'])} rejections, {record['bytes_up'] / 1e6:.1f} MB up, {record['seconds']:.1f} s"
+        f"{_rejections(len(record['rejections']))}, {record['bytes_up'] / 1e6:.1f} MB up, {record['seconds']:.1f} s"
     )

@@ -13,7 +13,6 @@ from lamina.protos.clock import SYSTEM
 from lamina.protos.config import ClientConfig, DataConfig
 from lamina.protos.errors import ConfigError
 from lamina.protos.identity import list_of
-from lamina.protos.identity import list_of
 from lamina.protos.preflight import address
 from lamina.protos.words import flag, parsed
 
@@ -117,7 +116,6 @@ def looked_at(settings: Mapping[str, str]) -> Iterator[Line]:
     if settings["listen"]:
         yield from doctor.listening(settings["listen"])
     folder, now = Path(settings["identity"]), SYSTEM.now()
-    revocations = list_of(settings["revocations"], folder) if settings["identity"] else None
     revocations = list_of(settings["revocations"], folder) if settings["identity"] else None
     if settings["coordinator"]:
         yield from doctor.coordinator(

@@ -215,9 +215,7 @@ def date_problem(what: str, start: datetime, end: datetime, now: datetime) -> st
     if now < start:
         return f"{what}: valid from {stamp(start)}, but {clock}. Set the clock, or wait."
     if now > end:
-        return (
-            f"{what}: expired at {stamp(end)}, and {clock}. If the clock is right, ask whoever keeps the CA for a new invite."
-        )
+        return f"{what}: expired at {stamp(end)}, and {clock}. If the clock is right, ask whoever keeps the CA for a new invite."
     return ""
 
 

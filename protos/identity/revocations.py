@@ -91,7 +91,7 @@ def check_in_force(peer: Peer, path: Path, ca_pem: bytes) -> Revocations:
     if peer.serial in found.serials:
         raise IdentityError(
             f"{path}: expected {peer.name}'s certificate ({peer.role}) to be in force, got it on the list of revoked ones "
-            f"(number {found.number}). Ask the consortium's operator; a new invite gives a new certificate."
+            f"(number {found.number}). Ask whoever keeps the CA; a new invite gives a new certificate."
         )
     return found
 

@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from lamina.protos.errors import ConfigError, DataError
+from lamina.protos.errors import ConfigError, DataError, TrainingError
 from lamina.server import operate
 from lamina.server.store import run_directory
 from tests import deployment
@@ -55,6 +56,13 @@ def test_a_run_that_is_over_takes_no_orders(
         assert (running.path / "events.jsonl").read_bytes() == before
 
 
+class Failing(deployment.Synthetic):
+    """A site whose training fails."""
+
+    def train(self, *given: object) -> NoReturn:
+        raise TrainingError("the loss is not finite.")
+
+
 def test_the_coordinators_own_log_says_who_came_and_who_ordered_what(
     tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,14 +70,16 @@ def test_the_coordinators_own_log_says_who_came_and_who_ordered_what(
         where = f"127.0.0.1:{running.port}"
         assert here(capsys, "pause", where, "insecure=true").out.startswith("paused; no further round is opened\n")
         assert "no site has registered yet; waiting for 3" in here(capsys, "status", where, "insecure=true").out
-        for name in deployment.NAMES:
-            deployment.in_thread(deployment.agent(name, running.port, tmp_path / name))
+        for name, kind in zip(deployment.NAMES, (deployment.Synthetic, deployment.Synthetic, Failing), strict=True):
+            deployment.in_thread(deployment.agent(name, running.port, tmp_path / name, worker=kind(name)))
         assert here(capsys, "pause", where, "insecure=true", "resume=true").out.startswith("resumed; ")
         assert here(capsys, "watch", where, "insecure=true").code == 0
     said = [one for one in running.events if one["event"] not in ("listening", "round", "finished")]
     assert said[0] == {"event": "paused", "by": "operator"}
     assert {"event": "resumed", "by": "operator"} in said
     assert {"event": "registered", "client": "west", "rank": 2} in said
+    rejected = [one for one in said if one["event"] == "rejected"]
+    assert rejected == [{"event": "rejected", "round": n, "client": "west", "reason": "failed"} for n in (1, 2)]
     opened = [one for one in said if one["event"] == "opened"]
     assert opened == [{"event": "opened", "round": n, "asked": sorted(deployment.NAMES)} for n in (1, 2)]
 
@@ -117,7 +127,8 @@ def test_a_site_that_cannot_take_part_is_not_waited_for(tmp_path: Path, given: l
         assert isinstance(outcome[0], DataError)
         with operate.dialled(f"127.0.0.1:{running.port}", "", True, "operator") as coordinator:
             assert [one["registered"] for one in coordinator.status()["clients"]] == [False]
-            assert "left" in operate.shown(coordinator.status())
+            assert "has left" in operate.shown(coordinator.status())
+            assert {"event": "left", "client": "west"} in running.events
             # The first round waits for three that are there, and not for an answer of one that has left.
             for name in ("north", "south"):
                 deployment.in_thread(deployment.agent(name, running.port, tmp_path / name))

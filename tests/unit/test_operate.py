@@ -41,7 +41,7 @@ def test_what_a_site_is_at(client: dict[str, Any], now: str) -> None:
 
 def test_the_run_in_a_line() -> None:
     assert shown(status(site(), loss=2.5, rejections=1)).splitlines()[0] == (
-        "run ab12: collecting, round 2 of 3, held-out loss 2.5000, 1 rejections in this round"
+        "run ab12: collecting, round 2 of 3, held-out loss 2.5000, 1 rejection in this round"
     )
     assert shown(status(site(), state="paused", round_open=False)).splitlines()[0] == (
         "run ab12: paused, 1 of 3 rounds done"
@@ -62,7 +62,7 @@ def test_only_what_has_changed_is_shown_again() -> None:
     assert line.split()[0] == "north"
     assert watched({"status": later}, later) == ""
     (head,) = watched({"status": later | {"rejections": 1}}, later).splitlines()
-    assert head.endswith("1 rejections in this round")
+    assert head.endswith("1 rejection in this round")
 
 
 def test_an_order_says_what_it_does() -> None:
