@@ -20,7 +20,7 @@ from typing import Any
 
 from lamina.protos.clock import SYSTEM, Clock
 from lamina.protos.config import Config, checked
-from lamina.protos.errors import StorageError
+from lamina.protos.errors import LaminaError, StorageError
 from lamina.protos.files import alone, sha256
 from lamina.protos.link import check_exposed
 from lamina.protos.logs import Log
@@ -41,6 +41,8 @@ from lamina.strategies.base import ServerState
 
 _LOOK_S = 1.0
 _TAKEN = "expected a run that nobody works on, but another coordinator has it. Stop that one, or take another output=."
+_TWINS_S = 60.0
+_TWINS = "another stream of this name while one is open: two agents of one name, or one that has dialled again. Stop one of two."
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 # How long clients are given to hear that the run is over: those on the line, and after a restart those who will dial again.
 _FAREWELL_S = 30.0
@@ -218,20 +220,42 @@ def _farewell(run: Run, why: str, leave: threading.Event) -> None:
 
 
 def _look_after(run: Run, log: Log, over: threading.Event) -> None:
+    """Look again and again. While a look fails nobody is let in: someone may have been revoked. A fault of ours ends the run."""
+    told = ""
+    twins: dict[str, float] = {}
+    while not over.wait(run.clock.real(_LOOK_S)):
+        held = ""
+        try:
+            _look(run, log)
+        except (LaminaError, OSError) as error:
+            held = f"the coordinator cannot tell who was revoked: {error}"
+        except Exception as error:  # noqa: BLE001  raised again by the round loop
+            run.mailbox.fail(error)
+            return
+        run.access.held = (
+            "the coordinator cannot tell who was revoked. Its operator is told; try again." if held else ""
+        )
+        if (held or run.access.fault) != told:
+            told = held or run.access.fault
+            log("revocations", message=told or "in force")
+        for name in run.access.calls.doubled():
+            if run.clock.monotonic() - twins.get(name, -_TWINS_S) >= _TWINS_S:
+                twins[name] = run.clock.monotonic()
+                log("twins", client=name, message=_TWINS)
+
+
+def _look(run: Run, log: Log) -> None:
     """Read the list of revoked certificates again when it changes; no round waits for a site that is on it. Nor does one
     wait for sites whose calls the disk does not let us answer: the run ends.
     """
-    fault = ""
-    while not over.wait(run.clock.real(_LOOK_S)):
-        run.access.reload()
-        if run.access.broken is not None:
-            run.mailbox.fail(run.access.broken)
-        for name in run.roster.strike(run.access):
+    run.access.reload()
+    if run.access.broken is not None:
+        run.mailbox.fail(run.access.broken)
+    for name in run.roster.revoked(run.access):
+        with run.store.lock:
             run.mailbox.deliver(Reply(name, None, "revoked"))
+        if run.roster.leave(name):
             log("revoked", client=name)
-        if run.access.fault != fault:
-            fault = run.access.fault
-            log("revocations", message=fault or "in force")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from lamina.protos import identity as identities
 from lamina.protos import spec as specs
 from lamina.protos.blobs import Blob
 from lamina.protos.clock import Clock
-from lamina.protos.config import Config
+from lamina.protos.config import Config, client_names
 from lamina.protos.errors import CheckpointError, ConfigError, IdentityError
 from lamina.protos.files import sha256, write_atomic
 from lamina.protos.identity import Identity, Revocations, list_of
@@ -144,7 +144,7 @@ def _mirrored(log: Log) -> Callable[[Mapping[str, Any]], None]:
 
 def _identity(config: Config, clock: Clock) -> tuple[Identity | None, Access]:
     if config.insecure:
-        return None, Access(None, None, clock)
+        return None, Access(None, None, clock, client_names(config))
     if not config.coordinator.identity:
         raise IdentityError(
             "coordinator.identity: expected the folder with the coordinator's certificate. Make one with `lamina pki`, "
@@ -160,7 +160,7 @@ def _identity(config: Config, clock: Clock) -> tuple[Identity | None, Access]:
     wrong = [finding.message for finding in found if not finding.ok]
     if wrong:
         raise IdentityError("\n".join(wrong))
-    return identity, Access(identity.ca_pem, revocations or folder / CRL, clock)
+    return identity, Access(identity.ca_pem, revocations or folder / CRL, clock, client_names(config))
 
 
 def _revocations(db: Database, access: Access, identity: Identity) -> None:

@@ -264,6 +264,8 @@ def _admitted(loop: Loop, round_open: Opened, reply: Reply, collected: Collected
         )
     except UpdateRejected as error:
         return Rejection(reply.client_id, error.reason, str(error)[:_MESSAGE])
+    except FileNotFoundError:
+        return None  # its file was swept: it came for a round that is over
     loop.store.admit(round_open.round, reply)
     collected.updates[reply.client_id] = update
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,20 +69,28 @@ class Access:
         ca_pem: The consortium's CA, or None without certificates.
         revocations: Where the CRL is, or will be; None without certificates.
         clock: For calls that stand still.
+        sites: Names of the run's clients; no other is let in.
+
+    Attributes:
+        fault: Why the list that is in force is not the file's, or empty.
+        held: Why nobody is let in just now, or empty.
+        broken: What the disk said to a caller, or None.
 
     Raises:
         IdentityError: If the list is there and is not the CA's.
     """
 
-    def __init__(self, ca_pem: bytes | None, revocations: Path | None, clock: Clock = SYSTEM) -> None:
-        self._ca, self._path = ca_pem, revocations
+    def __init__(
+        self, ca_pem: bytes | None, revocations: Path | None, clock: Clock = SYSTEM, sites: Container[str] = ()
+    ) -> None:
+        self._ca, self._path, self._sites = ca_pem, revocations, sites
         self.calls = Calls(clock)
         self._peers: dict[bytes, Peer] = {}
         self._lock = threading.Lock()
         self._in_force = Revocations()
         self._keep: Callable[[Revocations], None] = lambda found: None
         self._stamp: tuple[int, int] | None = None
-        self.fault = ""
+        self.fault = self.held = ""
         self.broken: StorageError | None = None
         if ca_pem is not None and revocations is not None and revocations.exists():
             self._stamp, self._in_force = _stamp(revocations), read_revocations(revocations, ca_pem)
@@ -183,6 +191,8 @@ class Access:
             caller = self.caller(context)
         except IdentityError as error:
             refuse(context, grpc.StatusCode.UNAUTHENTICATED, str(error))
+        if self.held:
+            refuse(context, grpc.StatusCode.UNAVAILABLE, self.held)
         self.check_open(caller, context)
         if caller.role not in METHOD_ROLES.get(method, frozenset()):
             allowed = " or ".join(sorted(METHOD_ROLES.get(method, frozenset()))) or "nobody"
@@ -190,6 +200,13 @@ class Access:
                 context,
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"{method.rpartition('/')[2]}: expected a certificate of role {allowed}, got {caller.role} ({caller.name}).",
+            )
+        if caller.role in _SITE and caller.name not in self._sites:
+            refuse(
+                context,
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"client {caller.name}: expected one of the run's clients. Add it to clients.names at the coordinator, "
+                "or enroll under one of its names.",
             )
         return caller
 
@@ -221,6 +238,12 @@ def refuse(context: Any, code: grpc.StatusCode, message: str) -> NoReturn:
     """
     context.abort(code, message)
     raise AssertionError("abort returned")
+
+
+def _call(caller: Caller, context: Any, method: str, handler: Any) -> Call:
+    site = caller.role in _SITE
+    single = method if site and (handler.request_streaming or handler.response_streaming) else ""
+    return Call(caller.name, caller.serial, context, bool(handler.request_streaming), site, single)
 
 
 class Gate(grpc.ServerInterceptor):  # type: ignore[misc]
@@ -256,7 +279,7 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[misc]
         def entered(request: Any, context: Any) -> Iterator[Any]:
             """The request to go on with, once its caller may come in."""
             context.caller = access.check(method, context)
-            call = Call(context.caller.name, context.caller.serial, context, bool(handler.request_streaming))
+            call = _call(context.caller, context, method, handler)
             with access.calls.counted(call) as allowed:
                 if not allowed:
                     refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, f"{call.name} has too many calls open.")

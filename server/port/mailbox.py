@@ -54,7 +54,7 @@ class Mailbox:
         self._number = 0
         self._begun = False
         self._ending = ""
-        self._fault: LaminaError | None = None
+        self._fault: Exception | None = None
 
     # The round loop's side.
 
@@ -149,11 +149,6 @@ class Mailbox:
         with self._changed:
             return self._begun
 
-    def waits_for(self, client_id: str) -> bool:
-        """Whether a client's answer to what it is asked now has not come yet."""
-        with self._changed:
-            return client_id in self._waiting
-
     def await_offer(self, client_id: str, after: int, seconds: float) -> Offer | None:
         """An offer newer than number `after`, or None when so long has passed."""
         with self._changed:
@@ -167,18 +162,23 @@ class Mailbox:
         offer = self._offers.get(client_id)
         return None if offer is None or offer.number <= after or client_id in self._answered else offer
 
-    def deliver(self, reply: Reply, answered: bool = True) -> None:
-        """Hand a reply to the round loop.
+    def deliver(self, reply: Reply, about: Instruction | None = None) -> None:
+        """Hand a reply to the round loop, unless it is about something that is over.
 
         Args:
-            reply: What came, or the refusal of it.
-            answered: Whether the client is done with what it was asked.
+            reply: What came. One without an update is dropped where nobody waits for the client any more.
+            about: What it answers; None for whatever the client is asked now.
         """
+        client = reply.client_id
         with self._changed:
+            offer = self._offers.get(client)
+            if offer is None or about not in (None, offer.instruction):
+                return
+            if reply.update is None and client not in self._waiting:
+                return
             self._replies.append(reply)
-            if answered:
-                self._waiting.discard(reply.client_id)
-                self._answered.add(reply.client_id)
+            self._waiting.discard(client)
+            self._answered.add(client)
             self._changed.notify_all()
 
     def end(self, why: str) -> None:
@@ -187,7 +187,7 @@ class Mailbox:
             self._ending = why
             self._changed.notify_all()
 
-    def fail(self, fault: LaminaError) -> None:
+    def fail(self, fault: Exception) -> None:
         """Make the round loop raise what the service cannot go on with."""
         with self._changed:
             self._fault = fault

@@ -62,6 +62,7 @@ class Roster:
         self._began = clock.monotonic()
         self._budgets: dict[int, Budget] = {}
         self._changes = {name: TokenBucket(_CHANGES, _CHANGES_PER_S, clock.monotonic) for name in self.offered}
+        self._within = set(self.registered())
 
     def register(self, caller: Caller, rank: int | None, held: int, equal_ranks: bool) -> Budget:
         """Take a client in, or take it up again.
@@ -88,6 +89,7 @@ class Roster:
                 f"Set lora.rank={offered} at the site, or raise clients.ranks at the coordinator."
             )
         self._remember(caller, chosen, held)
+        self._within.add(caller.name)
         self.saw(caller.name)
         return self._budget(chosen)
 
@@ -112,13 +114,14 @@ class Roster:
         found = self._store.db.rows("SELECT certificate FROM clients WHERE client_id = ?", client_id)
         return peer_of(found[0][0].encode()).signing_key if found and found[0][0] else None
 
-    def strike(self, access: Access) -> list[str]:
-        """Take those whose certificate has been revoked out of the run; their names."""
-        found = self._store.db.rows("SELECT client_id, certificate FROM clients WHERE present AND certificate != ''")
-        struck = [name for name, certificate in found if access.is_revoked_serial(peer_of(certificate.encode()).serial)]
-        for name in struck:
-            self.leave(name)
-        return struck
+    def revoked(self, access: Access) -> list[str]:
+        """Those whose certificate was revoked after they registered with it."""
+        found = self._store.db.rows("SELECT client_id, certificate FROM clients WHERE certificate != ''")
+        return [name for name, pem in found if access.is_revoked_serial(peer_of(pem.encode()).serial)]
+
+    def takes_part(self, client_id: str) -> bool:
+        """Whether a client has registered and not left since."""
+        return client_id in self._within
 
     def gone(self, access: Access) -> dict[str, str]:
         """Sites that the run names and that are not in it now: `left`, `revoked`, or `absent` as they never came."""
@@ -129,13 +132,17 @@ class Roster:
             why[name] = "revoked" if revoked else "left"
         return dict(sorted(why.items()))
 
-    def leave(self, client_id: str) -> None:
-        """The client takes no part in later rounds, until it registers again."""
+    def leave(self, client_id: str) -> bool:
+        """The client takes no part in later rounds, until it registers again; False if it had left before."""
+        if client_id not in self._within:
+            return False
         with self._store.db.change() as connection:
             found = connection.execute("UPDATE clients SET present = 0 WHERE client_id = ? AND present", (client_id,))
             if found.rowcount:
                 self._store.log(connection, "leave", client_id=client_id)
         self._store.mirror()
+        self._within.discard(client_id)
+        return True
 
     def saw(self, client_id: str, round_number: int = 0, step: int = 0) -> None:
         """A sign of life."""

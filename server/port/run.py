@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lamina.protos import statements as st
 from lamina.protos.blobs import Blob
@@ -30,10 +32,11 @@ class Live:
     Attributes:
         ended: Why the run is over, once it is: finished, stopped or drained.
         told: Clients that have been told.
-        uploads: Uploads that are being written.
+        uploads: Uploads that are under way.
         downloads: Downloads that are under way.
         latest: The state after the last round.
         files: Held while the files that operators may fetch are looked up, or replaced by others.
+        lock: Held while a number changes.
     """
 
     ended: str = ""
@@ -42,6 +45,18 @@ class Live:
     downloads: int = 0
     latest: ServerState | None = None
     files: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @contextmanager
+    def counted(self, what: Literal["uploads", "downloads"]) -> Iterator[None]:
+        """Count one more while it is under way."""
+        with self.lock:
+            setattr(self, what, getattr(self, what) + 1)
+        try:
+            yield
+        finally:
+            with self.lock:
+                setattr(self, what, getattr(self, what) - 1)
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,12 @@ class Sites(Uploads):
         return pb.HeartbeatReply(time=self.run.clock.now().timestamp())
 
     def Instructions(self, request: pb.InstructionsRequest, context: Any) -> Iterator[pb.Signed]:
-        """What the client is asked, from now until it hangs up or the run ends."""
+        """What the client is asked, from now until it hangs up or leaves, or the run ends."""
         run, caller, after = self.run, context.caller, 0
         while context.is_active():
             run.access.check_open(caller, context)
+            if not run.roster.takes_part(caller.name):
+                refuse(context, grpc.StatusCode.UNAVAILABLE, f"{caller.name} has not registered, or has left since.")
             run.roster.saw(caller.name)
             offer = run.mailbox.await_offer(caller.name, after, 1.0)
             if offer is not None:
@@ -113,15 +115,11 @@ class Sites(Uploads):
             refuse(context, grpc.StatusCode.NOT_FOUND, f"{request.sha256[:12]}: nothing of this name is for you now.")
         if request.offset > blob.num_bytes:
             refuse(context, grpc.StatusCode.OUT_OF_RANGE, f"expected an offset of at most {blob.num_bytes}.")
-        run.live.downloads += 1
-        try:
-            with open(str(blob.content), "rb", buffering=0) as file:
-                file.seek(request.offset)
-                while data := file.read(self._part_bytes()):
-                    run.access.check_open(caller, context)
-                    yield pb.Part(data=data)
-        finally:
-            run.live.downloads -= 1
+        with run.live.counted("downloads"), open(str(blob.content), "rb", buffering=0) as file:
+            file.seek(request.offset)
+            while data := file.read(self._part_bytes()):
+                run.access.check_open(caller, context)
+                yield pb.Part(data=data)
 
     def _part_bytes(self) -> int:
         """Bytes in one message down: less where many clients download, so that what waits to be sent stays within bounds."""
@@ -136,20 +134,18 @@ class Sites(Uploads):
         document = self._read(request, st.REPORT, caller, context)
         if document.get("kind") == "leave":
             run.roster.leave(caller.name)
-            if run.mailbox.waits_for(caller.name):
-                run.mailbox.deliver(Reply(caller.name, None, "left"))
+            run.mailbox.deliver(Reply(caller.name, None, "left"))
             return pb.Done()
         offer = run.mailbox.current(caller.name)
-        asked = offer and (offer.instruction.run_id, offer.instruction.round, offer.instruction.kind)
-        figures = document.get("kind") == "figures"
         about = (document.get("run_id"), document.get("round"), document.get("instruction"))
-        if asked is None or about != asked or not run.mailbox.waits_for(caller.name):
-            return pb.Done()  # about something that is over, or said before
-        if figures and asked[2] == "evaluate":
-            run.mailbox.deliver(Reply(caller.name, None, figures=_figures(document.get("figures"))))
+        if offer is None or about != (offer.instruction.run_id, offer.instruction.round, offer.instruction.kind):
+            return pb.Done()  # about something that is over
+        if document.get("kind") == "figures" and offer.instruction.kind == "evaluate":
+            reply = Reply(caller.name, None, figures=_figures(document.get("figures")))
         else:
             code = document.get("code")
-            run.mailbox.deliver(Reply(caller.name, None, code if code in _FAILURES else "internal"))
+            reply = Reply(caller.name, None, code if code in _FAILURES else "internal")
+        run.mailbox.deliver(reply, offer.instruction)
         return pb.Done()
 
     def _read(self, message: pb.Signed, domain: str, caller: Caller, context: Any) -> dict[str, Any]:

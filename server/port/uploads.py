@@ -99,22 +99,19 @@ class Uploads(CoordinatorServicer):
             yield pb.UploadAck(offset=num_bytes, stored=True)
             return
         instruction = self._expected(document, caller)
-        with self._slots:
-            run.live.uploads += 1
-            try:
-                path = yield from self._written(instruction, document, parts, caller, context)
-            finally:
-                run.live.uploads -= 1
+        with run.live.counted("uploads"):
+            path = yield from self._written(instruction, document, parts, caller, context)
         if path is None:
             return
-        with run.store.lock:
+        with run.store.lock:  # the round closes, and a revoked client is struck, before or after, not amid
+            run.access.check_open(caller, context)
             try:
                 blob = run.store.blobs.adopt(path, sha256)
             except FileNotFoundError:
                 raise _Refused("wrong-round", f"round {instruction.round} closed meanwhile.", _OUT_OF_TURN) from None
             received = Received(instruction, blob, claim.statement, claim.signature, self._witness(document, caller))
             run.store.receive(run.store.counting_round(), received)
-        run.mailbox.deliver(Reply(caller.name, blob))
+            run.mailbox.deliver(Reply(caller.name, blob), instruction)
         yield pb.UploadAck(offset=num_bytes, stored=True)
 
     def _claim(self, claim: pb.Signed, caller: Caller) -> dict[str, Any]:
@@ -171,12 +168,15 @@ class Uploads(CoordinatorServicer):
         caller: Caller,
         context: Any,
     ) -> Generator[pb.UploadAck, None, Path | None]:
-        """Write what comes to disk; returns the file, or None where the stream broke off."""
+        """Write what comes to disk; returns the file, or None where the stream broke off.
+
+        A place among those who write is had for a part that has come, not while the next one is waited for.
+        """
         run, sha256, size = self.run, document["sha256"], document["num_bytes"]
         path = run.store.blobs.partial(instruction.round, caller.name, sha256)
         with self._turns_lock:
             turn = self._turns.setdefault(caller.name, _Turn())
-        with turn.lock:
+        with turn.lock, self._slots:
             turn.number += 1
             mine = turn.number
             path.touch()
@@ -188,11 +188,12 @@ class Uploads(CoordinatorServicer):
             yield pb.UploadAck(offset=growing.size)
             for part in parts if growing.size < size else ():
                 run.access.check_open(caller, context)
+                run.store.check_awaited(run.store.counting_round(), instruction)
                 data = part.data
                 if growing.size + len(data) > size:
                     path.unlink(missing_ok=True)
                     raise _Refused("malformed", f"expected {size} bytes as claimed, got more.")
-                with turn.lock:
+                with turn.lock, self._slots:
                     if turn.number != mine:
                         return None  # the client has come back on another connection
                     growing.write(data)
@@ -204,7 +205,8 @@ class Uploads(CoordinatorServicer):
                     break
             if growing.size < size:
                 return None
-            found = growing.finish()
+            with self._slots:
+                found = growing.finish()
         if found != sha256:
             path.unlink(missing_ok=True)
             raise _Refused(

@@ -202,10 +202,7 @@ class DeploymentStore(RunDirectory):
             UpdateRejected: If its round has closed and its client is not waited for longer.
         """
         claim, blob, client = received.instruction, received.blob, received.instruction.client_id
-        if round_number - claim.round > self.carry_rounds:
-            raise UpdateRejected(
-                "late", f"client {client}, round {claim.round}: expected an update before the round closed."
-            )
+        self.check_awaited(round_number, claim)
         values = (round_number, client, blob.sha256, blob.num_bytes, received.claim, received.signature, "received")
         before = self.known(round_number, client)
         with self.db.change() as connection:
@@ -218,6 +215,14 @@ class DeploymentStore(RunDirectory):
         if before is not None and not self.db.rows("SELECT 1 FROM updates WHERE sha256 = ?", before[0]):
             self.blobs.drop(before[0])  # it was rejected; a client could otherwise fill the disk with such
         self.mirror()
+
+    def check_awaited(self, round_number: int, instruction: Instruction) -> None:
+        """Raise `UpdateRejected` unless an answer to an instruction would still count in a round."""
+        if round_number - instruction.round > self.carry_rounds:
+            raise UpdateRejected(
+                "late",
+                f"client {instruction.client_id}, round {instruction.round}: expected an update before the round closed.",
+            )
 
     def unjudged(self, round_number: int) -> list[Reply]:
         """Updates that were received and neither admitted nor rejected when the loop ended."""

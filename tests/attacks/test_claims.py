@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lamina.protos.adapter import LoraFactors
+from lamina.protos.blobs import Blob
 from lamina.protos.codec import encode_update
 from lamina.protos.errors import QuorumNotReached
 from lamina.protos.messages import Instruction, Reply, Update
@@ -214,3 +216,12 @@ def test_who_answers_first_changes_no_bit(order: tuple[str, ...]) -> None:
 
     after = round_of(one, federation.Scripted(script))
     assert same_bits(after.state.adapter, federation.one_round(one).state.adapter)
+
+
+def test_an_update_whose_file_was_swept_is_no_reply(tmp_path: Path) -> None:
+    """It came for a round that is over, and a sweep was faster."""
+    one = campaign()
+    gone = Reply("2", Blob("ab" * 32, 1000, tmp_path / "gone"))
+    found = federation.one_round(one, {"2": lambda instruction: gone})
+    assert reasons(found) == []
+    assert same_bits(found.state.adapter, without_the_attacker(one).state.adapter)

@@ -18,6 +18,7 @@ from lamina.client import policy
 from lamina.client.commands import agent, doctor
 from lamina.protos import compose
 from lamina.protos.config import known_keys
+from lamina.server.port import listen
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -95,6 +96,10 @@ def test_units_start_a_command_that_is_there(name: str) -> None:
     rest = [word for word in words if word.startswith("--") and word != "--config"]
     assert rest == ["--json"]
     assert yaml.safe_load(config)
+
+
+def test_the_unit_allows_as_many_files_as_the_coordinator_asks_for() -> None:
+    assert unit("coordinator.service")["LimitNOFILE"] == [str(listen._MOST_FILES)]
 
 
 @pytest.mark.parametrize("name", UNITS)

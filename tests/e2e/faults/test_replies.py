@@ -17,6 +17,7 @@ import pytest
 from safetensors import safe_open
 
 from lamina.protos import statements as st
+from lamina.server.port.mailbox import Mailbox
 from lamina.server.store.deployment import DeploymentStore
 from tests import deployment
 from tests.deployment import NAMES
@@ -250,6 +251,46 @@ def test_a_late_update_is_counted_as_such_and_spoils_no_round(tmp_path: Path, ho
             if MOMENTS[name] in (("close", "before", 2), ("close", "after", 2), ("announce", "after", 2))
         }
     )
+
+
+def test_a_reply_that_is_handed_over_as_its_round_closes_is_not_judged_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliver, offer, close = Mailbox.deliver, Mailbox.offer, DeploymentStore.close
+    closing, second, delivered = threading.Event(), threading.Event(), threading.Event()
+
+    def closed(self: DeploymentStore, number: int) -> None:
+        closing.set()
+        close(self, number)
+
+    def offered(self: Mailbox, instructions: Any, *beside: Any) -> None:
+        offer(self, instructions, *beside)
+        if any(one.round == 2 for one in instructions):
+            second.set()
+
+    def delivering(self: Mailbox, reply: Any, *about: Any) -> None:
+        if reply.client_id == "north" and reply.update is not None and not delivered.is_set():
+            assert closing.wait(60)
+            second.wait(2)  # in vain: the round does not close between the store and the mailbox
+            delivered.set()
+        deliver(self, reply, *about)
+
+    monkeypatch.setattr(Mailbox, "deliver", delivering)
+    monkeypatch.setattr(Mailbox, "offer", offered)
+    monkeypatch.setattr(DeploymentStore, "close", closed)
+    hold = gates(1)
+    with Scene(tmp_path, ["clients.quorum=2", "clients.deadline_s=24", "clients.start=3", "evaluate.every=3"]) as it:
+        running = it.thread()
+        it.site("north", Gated("north", gates=hold))
+        for name in ("south", "west"):
+            it.site(name)
+        until(lambda: all(1 in it.sites[name].rounds("sent") for name in ("south", "west")), "both are in")
+        hold[1].set()
+        assert running.join() == 0
+        it.sites_ended()
+        assert delivered.is_set()
+        assert [refused(record) for record in it.records()] == [[("north", "late")], [], []]
+        assert [record["clients"] for record in it.records()] == [["south", "west"], sorted(NAMES), sorted(NAMES)]
 
 
 def tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

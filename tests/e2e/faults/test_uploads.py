@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from lamina.protos import coordinator_pb2 as pb
+from lamina.protos import statements as st
 from lamina.protos.clock import SYSTEM, Clock
 from tests.deployment import NAMES, Synthetic
 from tests.e2e.faults.scene import BRISK, Scene, until
+from tests.hostile import Hostile, encoded
 
 # What goes up beside updates: registrations, signs of life, acknowledgements of what came down.
 BESIDE_BYTES = 150_000
@@ -106,3 +110,68 @@ def test_a_link_that_breaks_again_and_again(tmp_path: Path) -> None:
         assert breaks == 8
         sent = sum(uploaded(it, "north"))
         assert sent <= link.bytes_up <= sent + breaks * BUFFERED_BYTES + BESIDE_BYTES
+
+
+# A sender that sends a byte now and then.
+
+
+def trickling(it: Scene, over: threading.Event) -> tuple[Hostile, threading.Thread, list[str]]:
+    """West by hand, its update under way byte by byte; its thread and how the upload ended."""
+    west = Hostile("west", it.port, None, it.folder / "west-by-hand")
+    it.stack.callback(west.close)
+    west.register()
+    for name in ("north", "south"):
+        it.site(name)
+    asked = west.instruction()
+    content = encoded(west.honest(asked, it.schema))
+    begun, ends = threading.Event(), []
+
+    def parts() -> Iterator[pb.UploadPart]:
+        yield pb.UploadPart(claim=west.statement(st.CLAIM, west.claim(asked, content)))
+        for at in range(len(content) - 1):
+            yield pb.UploadPart(data=content[at : at + 1])
+            begun.set()
+            if over.wait(0.02):
+                return
+
+    thread = threading.Thread(target=lambda: ends.append(west.send(parts(), 120.0)), daemon=True)
+    thread.start()
+    assert begun.wait(30)
+    until(lambda: it.partial_bytes("west") > 0, "some of it is there")
+    return west, thread, ends
+
+
+def test_one_that_trickles_takes_nobody_elses_place(tmp_path: Path) -> None:
+    """There is one place, and two more have an update to write."""
+    over = threading.Event()
+    with Scene(tmp_path, ["rounds=1", "coordinator.uploads=1", "evaluate.every=1000"]) as it:
+        running = it.thread()
+        west, thread, ends = trickling(it, over)
+        try:
+            until(lambda: all(it.sites[name].rounds("sent") == [1] for name in ("north", "south")), "both are in")
+            assert thread.is_alive()
+        finally:
+            over.set()
+        thread.join(30)
+        assert ends == ["ended"]
+        west.link.call("Report", west.statement(st.REPORT, {"kind": "leave"}))
+        assert running.join() == 0
+        assert [record["clients"] for record in it.records()] == [["north", "south"]]
+
+
+def test_an_upload_ends_with_its_round(tmp_path: Path) -> None:
+    """Its sender goes on; it is told, and hears of the next round."""
+    over = threading.Event()
+    words = ["rounds=2", "clients.quorum=2", "clients.deadline_s=8", "evaluate.every=1000"]
+    with Scene(tmp_path, words) as it:
+        running = it.thread()
+        _, thread, ends = trickling(it, over)
+        try:
+            thread.join(60)
+            assert not thread.is_alive()
+        finally:
+            over.set()
+        (said,) = ends
+        assert said.startswith("FAILED_PRECONDITION: late"), said
+        assert running.join() == 0
+        assert [record["clients"] for record in it.records()] == [["north", "south"]] * 2
