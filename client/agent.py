@@ -32,7 +32,7 @@ from lamina.protos.errors import (
     StorageError,
     TrainingError,
     UpdateRejected,
-    shown,
+    one_line,
 )
 from lamina.protos.files import alone
 from lamina.protos.link import DATA_LOSS, Link, Refused, Unreachable
@@ -167,7 +167,7 @@ class Agent:
             if document is _CHANGED:
                 return False
             if document.get("kind") == "ended":
-                self._log("ended", why=shown(document.get("why")))
+                self._log("ended", why=one_line(str(document.get("why")), 20))
                 spool.sweep({terms.document["spec"][0]})
                 self._inbox.put(terms=None, document=None)
                 return True
