@@ -11,10 +11,14 @@ import numpy as np
 from safetensors.numpy import save
 
 from lamina.protos.adapter import Adapter, Array, LoraFactors, rescaled
+from lamina.protos.config import Config
 from lamina.protos.files import write_atomic, write_folder
 from lamina.protos.spec import AdapterSpec
 
 _PREFIX = "base_model.model."
+_RELEASED = """
+Each site measured, on its own text, what it had received: this adapter, cut to the site's rank. Nobody measured the whole.
+"""
 
 
 def peft_config(adapter: Adapter, spec: AdapterSpec) -> dict[str, Any]:
@@ -93,7 +97,7 @@ def write_adapter(folder: Path, adapter: Adapter, spec: AdapterSpec, more: Mappi
     )
 
 
-def write_card(folder: Path, summary: Mapping[str, Any], spec: AdapterSpec, config: Mapping[str, Any]) -> None:
+def write_card(folder: Path, summary: Mapping[str, Any], spec: AdapterSpec, config: Config) -> None:
     """Write the model card, `README.md`, from the run's summary.
 
     Args:
@@ -111,6 +115,8 @@ def write_card(folder: Path, summary: Mapping[str, Any], spec: AdapterSpec, conf
     privacy = "none" if summary["privacy"] is None else json.dumps(summary["privacy"])
     auto = "AutoModelForSequenceClassification" if spec.labels else "AutoModelForCausalLM"
     labels = f", num_labels={len(spec.labels)}" if spec.labels else ""
+    deployed = summary["eval"]["view"] == "release"
+    rounds = str(summary["rounds"]) if summary["ended"] == "finished" else f"{summary['rounds']} of {config.rounds}"
     card = f"""---
 base_model: {spec.base_model}
 library_name: peft
@@ -118,18 +124,18 @@ tags: [lora, federated-learning, lamina]
 ---
 # Federated LoRA adapter
 
-Trained by {summary["clients"]} clients over {summary["rounds"]} rounds with Lamina's `{summary["strategy"]}` strategy
+Trained by {summary["clients"]} clients over {rounds} rounds with Lamina's `{summary["strategy"]}` strategy
 (run `{summary["run_id"]}`, seed {summary["seed"]}).
 
-| | base | with this adapter |
+| | base | {"as each site received it" if deployed else "with this adapter"} |
 |---|---|---|
 {rows}
-
+{_RELEASED if deployed else ""}
 - Task: {spec.task}; adapted modules: {len(spec.modules)}; parameters trained whole: {len(spec.dense)}.
 - Largest relative distance of a stored aggregate from the exact weighted mean: {aggregation["relative_error"]:.3g}.
 - Differential privacy: {privacy}. Without it, the adapter may reveal training text.
 - Base model, SHA-256 over its float32 weights: `{spec.hashes.get("weights", "unknown")}`.
-- Data: {_data(summary, config)}.
+- Data: {"each site's own, which never left it" if deployed else _data(config)}.
 
 ```python
 from peft import PeftModel
@@ -142,10 +148,8 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
     write_atomic(folder / "README.md", card)
 
 
-def _data(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    if summary["eval"]["view"] == "release":
-        return "each site's own, which never left it"
-    return f"`{config['data']['source']}`, partition `{config['partition']['kind']}`"
+def _data(config: Config) -> str:
+    return f"`{config.data.source}`, partition `{config.partition.kind}`"
 
 
 def _figure(value: float | None) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lamina import __version__
+from lamina.protos.clock import SYSTEM
 from lamina.protos.config import Config
 from lamina.protos.files import write_json
 from lamina.protos.messages import Budget
@@ -29,12 +31,19 @@ class Run:
         budgets: Client id -> what it could hold.
         view: Of the held-out figures: `exported`, the global adapter on the full-precision base, or `release`, what each
             client itself received.
+        spec: The schema, for what the base was.
+        ended: `finished`, or `stopped` by an operator.
+        deployment: What only a deployment has: `coordinator`, `consortium`, `gone` (site -> why it is not in the run at its
+            end), `log` (`n` and `hash` of the last record).
     """
 
     run_id: str
     names: Mapping[str, str]
     budgets: Mapping[str, Budget]
     view: str
+    spec: AdapterSpec
+    ended: str = "finished"
+    deployment: Mapping[str, Any] = field(default_factory=dict)
 
 
 def summarise(
@@ -65,6 +74,8 @@ def summarise(
     return {
         "schema": 1,
         "run_id": run.run_id,
+        "ended": run.ended,
+        "ended_at": SYSTEM.now().isoformat(timespec="seconds"),
         "strategy": config.strategy.name,
         "rounds": len(records),
         "clients": len(run.budgets),
@@ -94,6 +105,9 @@ def summarise(
         },
         "adapter": "adapter",
         "client_ranks": {client: max(budget.train.values(), default=0) for client, budget in run.budgets.items()},
+        "base": {"model": run.spec.base_model, **run.spec.hashes},
+        "versions": {"lamina": __version__},
+        **run.deployment,
     }
 
 
@@ -137,7 +151,7 @@ def write_results(
         config: The resolved config.
     """
     export.write_adapter(path / "adapter", state.adapter, spec)
-    export.write_card(path / "adapter", summary, spec, {"data": vars(config.data), "partition": vars(config.partition)})
+    export.write_card(path / "adapter", summary, spec, config)
     run_directory.write_layers(path, state)
     write_json(path / "summary.json", summary)
     write_report([path], path / "report.html")

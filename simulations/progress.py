@@ -114,7 +114,10 @@ def table(finished: Sequence[Finished], titles: Sequence[str]) -> Table:
     if classes:
         heads[3:3] = ["accuracy"]
     for index, head in enumerate(heads):
-        made.add_column(head, justify="left" if index == 0 else "right", overflow="fold")
+        # Only the runs' names are folded where room is short.
+        made.add_column(
+            head.replace(" ", "\n"), justify="right" if index else "left", overflow="fold", no_wrap=bool(index)
+        )
     for one, title in zip(finished, titles, strict=True):
         figures, sent = one.summary["eval"], one.summary["communication"]
         worst = max(client["final_loss"] for client in figures["per_client"].values())

@@ -100,7 +100,7 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
     final = latest.get(state.round) or engine.evaluate(prepared, state.adapter, config, f"round {state.round}")
     baselines = measure_baselines(config, prepared, found, base_figures, watcher.say)
     clock = {"total": time.monotonic() - started, "base": base_seconds}
-    run = Run(campaign.run_id, prepared.names, found, "exported")
+    run = Run(campaign.run_id, prepared.names, found, "exported", prepared.base.spec)
     summary = summarise(config, run, path, (base_figures, final), clock)
     summary |= {"baselines": baselines, "corpus": dict(prepared.corpus)}
     _write(path, state, prepared, summary, config)

@@ -43,6 +43,12 @@ def body(runs: Sequence[Run]) -> str:
             f"The lowest final loss is {num(best)} nats per token, by {escape(name)}; the highest is {num(last)}, "
             f"by {escape(worst)}."
         )
+    deployed = [entry.name for entry in entries if entry.run.deployed]
+    if finals and 0 < len(deployed) < len(entries):
+        lede += (
+            f" They were not measured alike: those of {escape(', '.join(deployed))} are of what each site received, cut to its "
+            "rank, the others of the whole adapter."
+        )
     return (
         f'<header><div class="muted">Lamina comparison</div><h1>{count(len(runs), "run")} compared</h1>'
         f'<p class="lede">{lede}</p></header>{_figures(entries)}{_losses(entries)}{_clients(entries)}{_settings(entries)}'
@@ -166,11 +172,11 @@ def _clients(entries: Sequence[_Entry]) -> str:
 
 
 def _settings(entries: Sequence[_Entry]) -> str:
-    """The configuration keys in which the runs differ."""
-    values = {
-        key: [entry.run.config.get(key, "–") for entry in entries]
-        for key in sorted({key for entry in entries for key in entry.run.config if key != "output"})
-    }
+    """The configuration keys in which the runs differ; what a deployment leaves to its sites is in no configuration of it."""
+    keys = {key for entry in entries for key in entry.run.config if key != "output"}
+    for entry in entries:
+        keys -= {key for key in keys if entry.run.deployed and key not in entry.run.config}
+    values = {key: [entry.run.config.get(key, "–") for entry in entries] for key in sorted(keys)}
     rows = [
         [f"<code>{escape(cell)}</code>" for cell in (key, *row)] for key, row in values.items() if len(set(row)) > 1
     ]
@@ -178,6 +184,7 @@ def _settings(entries: Sequence[_Entry]) -> str:
         return section("Configuration", "The runs have the same settings, apart from the output directory.")
     return section(
         "Configuration",
-        "The settings in which the runs differ, apart from the output directory.",
+        "The settings in which the runs differ, apart from the output directory"
+        + (" and from what a deployment's sites decide." if any(entry.run.deployed for entry in entries) else "."),
         table([("k", "key"), *(("t", entry.key) for entry in entries)], rows),
     )

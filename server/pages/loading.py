@@ -32,9 +32,10 @@ _ROUND = {
 }
 _SUMMARY = {
     "an object": "eval eval.per_client eval.per_client.* communication aggregation privacy seconds baselines "
-    "baselines.* client_ranks corpus versions",
-    "a string": "run_id strategy eval.view eval.per_client.*.name",
-    "a number": "rounds clients seed rejections communication.* aggregation.* seconds.* privacy.epsilon privacy.delta "
+    "baselines.* client_ranks corpus versions base gone log",
+    "a string": "run_id strategy eval.view eval.per_client.*.name ended ended_at coordinator consortium base.* gone.* "
+    "log.hash",
+    "a number": "log.n rounds clients seed rejections communication.* aggregation.* seconds.* privacy.epsilon privacy.delta "
     "eval.base_loss eval.final_loss eval.base_accuracy eval.final_accuracy eval.per_client.*.base_loss "
     "eval.per_client.*.final_loss eval.per_client.*.base_accuracy eval.per_client.*.final_accuracy "
     "eval.per_client.*.tokens client_ranks.* baselines.*.loss",
@@ -82,6 +83,11 @@ class Run:
     clients: Sequence[Client]
     layers: Mapping[str, Any]
     generations: Sequence[Mapping[str, Any]]
+
+    @property
+    def deployed(self) -> bool:
+        """Whether the sites measured what each had received; in a simulation the whole adapter is measured."""
+        return bool(self.get("eval.view") == "release")
 
     def get(self, key: str) -> Any:
         """The value at a dotted key of summary.json, or None."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lamina.server.pages import clients, layers, losses
 from lamina.server.pages.charts import Axis, Series, escape, line_chart, signed, usable
 from lamina.server.pages.loading import Run
-from lamina.server.pages.tables import change, count, duration, num, pair, perplexity, section, size, table, tiles
+from lamina.server.pages.tables import change, count, duration, num, pair, perplexities, section, size, table, tiles
 
+_VIEWS = {"exported": "the whole adapter", "release": "what each site received, cut to its rank"}
+# Why a site is not in the run at its end.
+_GONE = {"left": "left the run", "revoked": "had its certificate revoked", "absent": "never came"}
+# What became of an update that did not count, by the code of the failure.
+_FAILED = {"left": "the site left", "revoked": "certificate revoked"}
 _TALKS = 6  # prompts shown at once
 _NAMES = 12  # clients or rounds named beside a reason
 
@@ -34,10 +40,13 @@ def body(run: Run) -> str:
     origin = (run.get("run_id"), *_sources(run))
     where = " · ".join(escape(part) for part in (*origin, f"seed {run.get('seed')}") if part)
     modules = layers.modules(run)
+    rounds = count(len(run.rounds), "round")
+    if run.get("ended") == "stopped":
+        rounds = f"{len(run.rounds)} of {_planned(run)} rounds"
     return (
         '<header><div class="muted">Lamina run report</div>'
-        f"<h1>{strategy}, {count(len(run.rounds), 'round')}, {cohort}</h1>"
-        f'<div class="muted">{where}</div><p class="lede">{_lede(run)}</p></header>'
+        f"<h1>{strategy}, {rounds}, {cohort}</h1>"
+        f'<div class="muted">{where}</div><p class="lede">{_lede(run)}</p>{_course(run)}</header>'
         f"{_headline(run)}{losses.of_run(run)}{clients.before_and_after(run)}"
         f"{pair(_errors(run), layers.heat(modules))}{layers.spectra(modules)}"
         f"{_talks(run)}{_rejections(run)}{_details(run)}{_provenance(run)}"
@@ -46,7 +55,7 @@ def body(run: Run) -> str:
 
 def _sources(run: Run) -> tuple[str | None, str | None]:
     """Base and data; in a deployment both are each site's, and the coordinator's settings for them mean nothing."""
-    if run.get("eval.view") == "release":
+    if run.deployed:
         return "the sites' base", "the sites' own data"
     return run.config.get("model.source"), run.config.get("data.source")
 
@@ -74,13 +83,33 @@ def _lede(run: Run) -> str:
     return text + ("Both" if len(changes) == 2 else f"All {len(changes)}") + " clients improved."
 
 
+def _course(run: Run) -> str:
+    """Whether an operator stopped the run, and which sites were not there to its end or in none of its rounds."""
+    said = []
+    if run.get("ended") == "stopped":
+        said.append(f"An operator stopped the run after {len(run.rounds)} of {_planned(run)} rounds.")
+    times = Counter(client for record in run.rounds for client in record.get("clients") or [])
+    gone = run.get("gone") or {}
+    for client, why in gone.items():
+        part = "" if why == "absent" else f"; its updates count in {count(times[client], 'round')}"
+        said.append(f"Site {escape(client)} {escape(_GONE.get(why, why))}{part}.")
+    idle = [client for client in run.get("client_ranks") or {} if client not in {*times, *gone}]
+    if run.deployed and idle:
+        said.append(f"No update of {_few(idle)} counts in any round.")
+    return f"<p>{' '.join(said)}</p>" if said else ""
+
+
+def _planned(run: Run) -> str:
+    return escape(run.config.get("rounds", "–"))
+
+
 def _headline(run: Run) -> str:
     get = run.get
     base, final = get("eval.base_loss"), get("eval.final_loss")
-    rows = [("Held-out loss (nats/token)", "–", "not recorded")]
+    rows = []
     if base is not None or final is not None:
-        perplexities = f"{change(base, final)}; perplexity {perplexity(base)} → {perplexity(final)}"
-        rows = [("Held-out loss (nats/token)", f"{num(base)} → {num(final)}", perplexities)]
+        note = f"{change(base, final)}; perplexity {perplexities(base, final)}"
+        rows.append(("Held-out loss (nats/token)", f"{num(base)} → {num(final)}", note))
     if get("eval.final_accuracy") is not None:
         a, b = get("eval.base_accuracy"), get("eval.final_accuracy")
         rows.append(("Held-out accuracy", f"{num(a)} → {num(b)}", change(a, b)))
@@ -88,20 +117,14 @@ def _headline(run: Run) -> str:
     if measured:
         loss, worst = max(measured, key=lambda one: one[0])
         rows.append(("Worst client", num(loss), f"{escape(worst)}, from {num(worst.before)}"))
-    clock = ", ".join(f"{word} {duration(get(f'seconds.{word}'))}" for word in ("train", "aggregate", "evaluate"))
+    clock = f"train {duration(get('seconds.train'))} over all {'sites' if run.deployed else 'clients'}"
+    clock += "".join(f", {word} {duration(get(f'seconds.{word}'))}" for word in ("aggregate", "evaluate"))
     rows += [
         ("Sent up", size(get("communication.bytes_up")), "updates, over all clients and rounds"),
         ("Sent down", size(get("communication.bytes_down")), "releases, over all clients and rounds"),
-        (
-            "Aggregation error",
-            num(get("aggregation.relative_error")),
-            f"relative, the largest; of releases {num(get('aggregation.release_error'))}",
-        ),
-        (
-            "Rounds × clients",
-            f"{len(run.rounds)} × {num(get('clients'), 0)}",
-            count(get("rejections") or 0, "rejected update"),
-        ),
+        ("Aggregation error", num(get("aggregation.relative_error")), "relative, the largest over rounds and layers"),
+        ("Release error", num(get("aggregation.release_error")), "relative, the largest over rounds and clients"),
+        ("Rounds × clients", f"{len(run.rounds)} × {num(get('clients'), 0)}", _tally(run)),
         ("Time", duration(get("seconds.total")), clock),
     ]
     if get("privacy"):
@@ -109,7 +132,7 @@ def _headline(run: Run) -> str:
         budget = max(spent, default=None) if get("privacy.epsilon") is None else get("privacy.epsilon")
         how = ", ".join(escape(part) for key in ("mode", "unit", "accountant") if (part := get(f"privacy.{key}")))
         rows.append(("Privacy", f"ε = {num(budget, 2)}", f"at δ = {num(get('privacy.delta'), 6)}; {how}"))
-    return tiles(rows, "figures")
+    return tiles(rows, "figures" if len(rows) % 4 == 0 or len(rows) % 3 else "figures by3")
 
 
 def _errors(run: Run) -> str:
@@ -157,13 +180,28 @@ def _said(title: str, text: object) -> str:
     return f'<div><h3>{title}</h3><pre dir="auto">{escape("–" if text is None else text)}</pre></div>'
 
 
+def _why(item: Mapping[str, Any]) -> tuple[str, str]:
+    """What became of an update that did not count, in a word and in full."""
+    reason, code = item.get("reason"), item.get("code")
+    if reason != "failed":
+        return "refused", f"refused: {reason or 'not recorded'}"
+    if code in _FAILED:
+        return str(code), _FAILED[code]
+    return "failed", f"failed at the client{f': {code}' if code else ''}"
+
+
+def _tally(run: Run) -> str:
+    """How many updates did not count, by what became of them."""
+    found = Counter(_why(item)[0] for record in run.rounds for item in record.get("rejections") or [])
+    return ", ".join(f"{times:,} {word}" for word, times in found.most_common()) or "no update refused"
+
+
 def _rejections(run: Run) -> str:
-    """Updates that admission refused, by reason."""
+    """Updates that did not count, by reason."""
     refused: dict[str, list[tuple[Any, Any]]] = {}
     for record in run.rounds:
         for item in record.get("rejections") or []:
-            reason = str(item.get("reason") or "not recorded")
-            refused.setdefault(reason, []).append((item.get("client_id", "–"), record["round"]))
+            refused.setdefault(_why(item)[1], []).append((item.get("client_id", "–"), record["round"]))
     if not refused:
         return ""
     rows = [
@@ -176,8 +214,8 @@ def _rejections(run: Run) -> str:
         for reason, found in sorted(refused.items(), key=lambda one: -len(one[1]))
     ]
     return section(
-        "Rejected updates",
-        "Updates that admission refused; the run went on without them.",
+        "Updates that did not count",
+        "What was refused on arrival, and what never came, as a client failed, left or was revoked; the run went on without.",
         table([("t", "reason"), ("n", "updates"), ("t", "clients"), ("t", "rounds")], rows),
     )
 
@@ -203,14 +241,19 @@ def _details(run: Run) -> str:
 
 
 def _provenance(run: Run) -> str:
+    get, log = run.get, run.get("log") or {}
+    head = f"record {num(log.get('n'), 0)}, {log.get('hash')}" if log else None
     facts = [
-        ("run", run.get("run_id")),
-        ("directory", run.name),
-        ("strategy", run.get("strategy")),
-        ("seed", run.get("seed")),
+        ("run", get("run_id")),
+        ("ended", (get("ended_at") or "").replace("T", " ").replace("+00:00", " UTC") or None),
+        ("coordinator", get("coordinator") or None),
+        ("consortium", get("consortium") or None),
+        ("strategy", get("strategy")),
+        ("seed", get("seed")),
         *zip(("model", "data"), _sources(run), strict=True),
-        ("losses measured on", run.get("eval.view")),
-        ("adapter", run.get("adapter")),
+        ("base weights, SHA-256", get("base.weights")),
+        ("losses are of", _VIEWS.get(get("eval.view"), get("eval.view"))),
+        ("event log up to here", head),
         *((f"corpus {key}", value) for key, value in (run.get("corpus") or {}).items()),
         *(run.get("versions") or {}).items(),
     ]

@@ -15,7 +15,8 @@ section{margin-top:3rem}p{margin:.3rem 0;max-width:46rem}figure{margin:0}
 .lede{font-size:1.08rem;margin-top:1rem}code,pre{font:.82rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .pair{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr));gap:2.5rem}.pair>*{min-width:0}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,210px),1fr));gap:1.2rem 1.6rem}
-dl{margin:0}.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(215px,1fr));gap:1.6rem 2rem;margin-top:2rem}
+dl{margin:0}.figures{display:grid;grid-template-columns:repeat(4,1fr);gap:1.6rem 2rem;margin-top:2rem}
+.by3{grid-template-columns:repeat(3,1fr)}.figures>div{min-width:0}
 .figures>div{border-top:2px solid var(--rule);padding-top:.5rem}dt{font-size:.82rem}dd{margin:0;overflow-wrap:anywhere}
 .figures dd{font-size:1.45rem;line-height:1.3;font-variant-numeric:tabular-nums}
 .figures dd small{display:block;font-size:.82rem;line-height:1.4;margin-top:.15rem}
@@ -25,7 +26,8 @@ table{border-collapse:collapse;width:100%;font-size:.875rem;font-variant-numeric
 th{font-weight:500;color:var(--muted);text-align:left;vertical-align:bottom}td,th{padding:.15rem .9rem .15rem 0}
 thead th{border-bottom:1px solid var(--rule);padding-bottom:.3rem}td:last-child,th:last-child{padding-right:0}
 .ruled td{vertical-align:top;border-bottom:1px solid var(--rule);padding-top:.3rem;padding-bottom:.3rem}
-.n,.o{text-align:right;white-space:nowrap}.g{width:44%}td.g{padding-top:0;padding-bottom:0}.heat thead{display:none}
+.n,.o{text-align:right;white-space:nowrap}.n+.t{padding-left:1.6rem}
+.g{width:44%}td.g{padding-top:0;padding-bottom:0}.heat thead{display:none}
 .b{width:8rem;padding-left:1rem}.k{white-space:nowrap}.g:last-child{width:75%}.t{overflow-wrap:anywhere;min-width:6rem}
 .run{display:inline-flex;vertical-align:top;gap:.5em;text-align:left;max-width:17rem}
 .run span{overflow-wrap:break-word;min-width:0}
@@ -36,11 +38,13 @@ i{print-color-adjust:exact;-webkit-print-color-adjust:exact}.facts dd{font-size:
 .talk{border-top:1px solid var(--rule);padding:.9rem 0}.talk pre{margin:.1rem 0 .6rem}.talk .pair{gap:0 2.5rem}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}.config{background:var(--soft);padding:1rem;border-radius:4px}
 summary{cursor:pointer;padding:.3rem 0}
+@media (max-width:900px){.figures{grid-template-columns:1fr 1fr}}
 @media (max-width:560px){main{padding:1.5rem 1rem}.o{display:none}h1{font-size:1.5rem}
-.figures{grid-template-columns:repeat(auto-fit,minmax(145px,1fr));gap:1.2rem}.figures dd{font-size:1.2rem}
+.figures{gap:1.2rem}.figures dd{font-size:1.2rem}
 .panels{grid-template-columns:1fr 1fr}.g{width:38%}td,th{padding-right:.55rem}}
 @media print{@page{margin:14mm}:root{--bg:#fff}body{font-size:10.5pt}main{max-width:none;padding:0}section{margin-top:1.6rem}
 table{font-size:8.5pt}.wrap,.many{overflow:visible}.caption,h2{break-after:avoid}.figures{grid-template-columns:repeat(4,1fr)}
+.by3{grid-template-columns:repeat(3,1fr)}
 svg[viewBox] text{font-size:14px}.pair{grid-template-columns:1fr 1fr}
 .many{max-height:none}figure,tr,.talk,.figures>div{break-inside:avoid}
 details::details-content{content-visibility:visible;block-size:auto}.config{background:none;padding:0}}

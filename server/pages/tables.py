@@ -35,6 +35,13 @@ def perplexity(loss: float | None) -> str:
     return num(value, 2 if value < 100 else 0)
 
 
+def perplexities(before: float | None, after: float | None) -> str:
+    """Two perplexities side by side, with as many places in one as in the other."""
+    most = max((loss for loss in (before, after) if usable(loss)), default=0.0)
+    places = 2 if most < math.log(100) else 1
+    return " → ".join(num(math.exp(loss), places) if usable(loss) and loss < 700 else "–" for loss in (before, after))
+
+
 def unit(most: float) -> tuple[float, str]:
     """The decimal unit of bytes in which `most` reads well."""
     step = min(4, int(math.log10(most) // 3)) if usable(most) and most >= 1 else 0
@@ -54,7 +61,7 @@ def duration(value: float | None) -> str:
     if not usable(value):
         return "–"
     if value < 60:
-        return f"{value:.3g} s" if value < 10 else f"{value:.0f} s"
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
     minutes, seconds = divmod(round(value), 60)
     return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 

@@ -405,12 +405,3 @@ def test_charts_of_extreme_values_stay_finite() -> None:
         chart = charts.line_chart([Series("odd", range(6), odd, "c0")], Axis("x"), Axis("y", log=log), "odd")
         for path in ET.fromstring(chart).iter("path"):
             assert not re.search("nan|inf", path.attrib["d"])
-
-
-def test_a_deployments_page_does_not_name_settings_that_the_sites_decide(tmp_path: Path) -> None:
-    settings = a_summary()
-    settings["eval"]["view"] = "release"
-    run = write_run(tmp_path / "run", settings, config="data:\n  source: stdlib\n")
-    before = render([load_run(run)]).partition("Resolved configuration")[0]
-    assert "own data" in before
-    assert "stdlib" not in before
