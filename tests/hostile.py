@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 import pytest
@@ -24,6 +25,7 @@ from lamina.protos.files import sha256
 from lamina.protos.link import Address, Link
 from lamina.protos.messages import Instruction, Update
 from lamina.protos.spec import AdapterSpec
+from lamina.server.port.access import Gate
 from tests import deployment
 
 CHUNK = 64 * 1024
@@ -145,13 +147,14 @@ def encoded(update: Update) -> bytes:
 
 @contextlib.contextmanager
 def no_exception_in_a_handler(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Fails where gRPC logs what a handler did not expect."""
+    """Fails where a handler meets what it did not expect: the gate tells it, and gRPC what passes the gate."""
     caplog.clear()
-    with caplog.at_level(logging.ERROR, logger="grpc"):
+    with caplog.at_level(logging.ERROR, logger="grpc"), mock.patch.object(Gate, "_unexpected") as unexpected:
         yield
     logged = [record.getMessage() for record in caplog.records if record.name.startswith("grpc")]
     wrong = [line for line in logged if "deserializing" not in line]  # which happens before a handler, and is answered
     assert not wrong, wrong[:3]
+    assert not unexpected.mock_calls, unexpected.mock_calls[:3]
 
 
 def end(running: deployment.Running, operator: Path | None) -> None:
