@@ -12,6 +12,7 @@ export LAMINA_TEST_DATA
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -d $(VENV) || $(LAMINA_PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): about 2 GB with torch, some minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	touch $@
 

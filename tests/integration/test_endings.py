@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,5 +85,10 @@ def test_a_stopped_run_says_so_and_who_was_not_there(tmp_path: Path) -> None:
     card = (running.path / "adapter" / "README.md").read_text()
     assert "Trained by 3 clients over 2 of 50 rounds" in card
     assert "| | base | as each site received it |" in card
+    _, _, listed = (
+        (deployment.ROOT / "docs" / "run-directory.md").read_text().partition("Kinds of records in `events.jsonl`:")
+    )
+    kinds = {json.loads(line)["kind"] for line in (running.path / "events.jsonl").read_text().splitlines()}
+    assert kinds <= set(re.findall(r"`(\w+)`", listed.partition(".\n")[0]))
     config = (running.path / "config.yaml").read_text()
     assert not {"stdlib", "holdout", "tiny", "partition", "dropout_rate"} & set(config.replace(":", " ").split())
