@@ -195,7 +195,7 @@ class CoordinatorConfig:
     identity: str = _doc("", "folder with the coordinator's certificate and keys, from `lamina pki enroll`")
     revocations: str = _doc("", "the consortium's crl.pem, read again when it changes; default: crl.pem in identity")
     metrics: str = _doc("", "host:port of a Prometheus endpoint, without TLS; unset is off")
-    uploads: int = _doc(8, "parts of uploads that are written at one time; others wait")
+    uploads: int = _doc(8, "uploads that are written at one time, beside slow ones; others wait")
     linger_s: float = _doc(0.0, "after the end, seconds in which operators can still fetch")
     drain_s: float = _doc(30.0, "on SIGTERM, longest wait for uploads that are under way")
 

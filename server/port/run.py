@@ -32,7 +32,7 @@ class Live:
     Attributes:
         ended: Why the run is over, once it is: finished, stopped or drained.
         told: Clients that have been told.
-        uploads: Uploads that are under way.
+        uploads: Uploads that are being written.
         downloads: Downloads that are under way.
         latest: The state after the last round.
         files: Held while the files that operators may fetch are looked up, or replaced by others.

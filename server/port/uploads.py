@@ -24,6 +24,7 @@ from lamina.protos.identity import verify
 from lamina.protos.messages import Instruction, Reply
 from lamina.server.admission import size_cap_bytes
 from lamina.server.port.access import Caller, refuse
+from lamina.server.port.places import Place, Places
 from lamina.server.port.run import EARLY, Run, count, verifier
 from lamina.server.store.deployment import Received
 
@@ -61,7 +62,7 @@ class Uploads(CoordinatorServicer):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._slots = threading.BoundedSemaphore(run.config.coordinator.uploads)
+        self._places = Places(run.config.coordinator.uploads, run.clock)
         self._turns: dict[str, _Turn] = {}
         self._turns_lock = threading.Lock()
 
@@ -99,8 +100,10 @@ class Uploads(CoordinatorServicer):
             yield pb.UploadAck(offset=num_bytes, stored=True)
             return
         instruction = self._expected(document, caller)
-        with run.live.counted("uploads"):
-            path = yield from self._written(instruction, document, parts, caller, context)
+        with self._places.one(context) as place, run.live.counted("uploads"):
+            if place is None:
+                return
+            path = yield from self._written(instruction, document, parts, caller, context, place)
         if path is None:
             return
         with run.store.lock:  # the round closes, and a revoked client is struck, before or after, not amid
@@ -167,16 +170,14 @@ class Uploads(CoordinatorServicer):
         parts: Iterator[pb.UploadPart],
         caller: Caller,
         context: Any,
+        place: Place,
     ) -> Generator[pb.UploadAck, None, Path | None]:
-        """Write what comes to disk; returns the file, or None where the stream broke off.
-
-        A place among those who write is had for a part that has come, not while the next one is waited for.
-        """
+        """Write what comes to disk; returns the file, or None where the stream broke off."""
         run, sha256, size = self.run, document["sha256"], document["num_bytes"]
         path = run.store.blobs.partial(instruction.round, caller.name, sha256)
         with self._turns_lock:
             turn = self._turns.setdefault(caller.name, _Turn())
-        with turn.lock, self._slots:
+        with turn.lock:
             turn.number += 1
             mine = turn.number
             path.touch()
@@ -193,7 +194,8 @@ class Uploads(CoordinatorServicer):
                 if growing.size + len(data) > size:
                     path.unlink(missing_ok=True)
                     raise _Refused("malformed", f"expected {size} bytes as claimed, got more.")
-                with turn.lock, self._slots:
+                place.came(len(data))
+                with turn.lock:
                     if turn.number != mine:
                         return None  # the client has come back on another connection
                     growing.write(data)
@@ -205,8 +207,7 @@ class Uploads(CoordinatorServicer):
                     break
             if growing.size < size:
                 return None
-            with self._slots:
-                found = growing.finish()
+            found = growing.finish()
         if found != sha256:
             path.unlink(missing_ok=True)
             raise _Refused(

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import pytest
 
 from lamina.protos.blobs import blob
-from lamina.protos.clock import SYSTEM
+from lamina.protos.clock import SYSTEM, Clock
 from lamina.protos.messages import Instruction, Reply
 from lamina.server.port import calls, listen
 from lamina.server.port.calls import MOST, Call, Calls
 from lamina.server.port.mailbox import Mailbox
+from lamina.server.port.places import LEAST_PER_S, PATIENCE_S, Places
 from lamina.server.port.run import Live
 
 
@@ -117,6 +118,36 @@ def test_one_who_has_answered_does_not_fail_afterwards() -> None:
     mailbox.deliver(update, now)
     mailbox.deliver(Reply("north", None, "revoked"))
     assert list(mailbox.replies(None)) == [update]
+
+
+@dataclass(frozen=True)
+class Hands(Clock):
+    """A clock that is moved by hand."""
+
+    at: list[float] = field(default_factory=lambda: [0.0])
+
+    def monotonic(self) -> float:
+        return self.at[0]
+
+
+def test_a_place_is_kept_while_bytes_come_and_no_longer_where_others_wait() -> None:
+    clock = Hands()
+    places = Places(1, clock)
+    with ExitStack() as stack:
+        first = stack.enter_context(places.one(Context()))
+        assert first is not None
+        for _ in range(20):
+            clock.at[0] += 4.0
+            first.came(8 * LEAST_PER_S)
+        gone = Context()
+        gone.cancel()
+        assert stack.enter_context(places.one(gone)) is None  # it waited in vain
+        clock.at[0] += PATIENCE_S + 0.1  # and trickles from now on
+        first.came(1)
+        second = stack.enter_context(places.one(Context()))
+        assert second is not None
+    with places.one(Context()) as third:
+        assert third is not None
 
 
 def test_numbers_of_what_is_under_way_add_up() -> None:
