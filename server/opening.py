@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def open_run(config: Config, path: Path, log: Log, clock: Clock) -> Opened:
         run_directory.create(path, compose.to_yaml(config, coordinator_keys()))
     db = Database(path / DATABASE)
     if identity is not None:
-        _revocations(db, access, identity)
+        _revocations(db, path, access, identity)
     fixed = campaigns.fixed_settings(config, spec) | {"spec": sha256(spec_path.read_bytes())}
     run_id, blob = _begin(db, path, fixed, spec_path.read_bytes(), identity, clock)
     campaign = campaigns.campaign(config, spec, campaigns.budgets(config, spec), run_id)
@@ -163,7 +164,7 @@ def _identity(config: Config, clock: Clock) -> tuple[Identity | None, Access]:
     return identity, Access(identity.ca_pem, revocations or folder / CRL, clock, client_names(config))
 
 
-def _revocations(db: Database, access: Access, identity: Identity) -> None:
+def _revocations(db: Database, path: Path, access: Access, identity: Identity) -> None:
     """Hold the list of revoked certificates against the last that the run has seen, and keep it from now on."""
 
     def keep(found: Revocations) -> None:
@@ -171,8 +172,9 @@ def _revocations(db: Database, access: Access, identity: Identity) -> None:
         with db.change() as connection:
             set_fact(connection, "revocations", text)
 
-    number, serials = json.loads(db.fact("revocations") or "[null, []]")
-    before = None if number is None else Revocations(number, frozenset(int(serial, 16) for serial in serials))
+    with _as_written(path):
+        number, serials = json.loads(db.fact("revocations") or "[null, []]")
+        before = None if number is None else Revocations(int(number), frozenset(int(serial, 16) for serial in serials))
     access.remember(before, keep)
     if access.broken is not None:
         raise access.broken
@@ -217,7 +219,9 @@ def _begin(
             events.append(connection, "begin", fields, clock.now(), _head_signer(identity))
         else:
             _check_key(connection, identity, path)
-            run_directory.check_same(path, fixed, json.loads(db.fact("settings") or "{}"))
+            with _as_written(path):
+                settings = dict(json.loads(db.fact("settings") or "{}"))
+            run_directory.check_same(path, fixed, settings)
             if db.fact("ended") == "stopped":
                 # The operator had it stopped, and has started it again.
                 set_fact(connection, "stopping", "0")
@@ -226,6 +230,18 @@ def _begin(
     if identity is not None:
         write_atomic(path / "ca.pem", identity.ca_pem)
     return run_id, blob
+
+
+@contextlib.contextmanager
+def _as_written(path: Path) -> Iterator[None]:
+    """What the database keeps as text is as it was written, or the start ends in words."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{path / DATABASE}: expected what the run began with, got something else. Restore the directory from a copy, or "
+            "begin again in a new one."
+        ) from None
 
 
 def _signing_key(identity: Identity | None) -> str:

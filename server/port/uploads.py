@@ -28,7 +28,7 @@ from lamina.server.port.places import Place, Places
 from lamina.server.port.run import EARLY, Run, count, verifier
 from lamina.server.store.deployment import Received
 
-# Updates and messages of one client that may be refused in a round before no further update of it is taken in.
+# Updates of one client that may be judged and refused in a round before no further update of it is taken in.
 _TRIES = 64
 _ACK_BYTES = 8 * 1024**2
 _OUT_OF_TURN = grpc.StatusCode.FAILED_PRECONDITION

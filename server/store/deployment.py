@@ -267,8 +267,8 @@ class DeploymentStore(RunDirectory):
         self.mirror()
 
     def times_refused(self, round_number: int, client_id: str) -> int:
-        """How often a client was refused something in a round."""
-        query = "SELECT COALESCE(SUM(times), 0) FROM rejections WHERE round = ? AND client_id = ?"
+        """How many updates of a client were judged and refused in a round."""
+        query = "SELECT COALESCE(SUM(times), 0) FROM rejections WHERE round = ? AND client_id = ? AND final"
         return int(self.db.rows(query, round_number, client_id)[0][0])
 
     def refused(self, round_number: int) -> list[Rejection]:

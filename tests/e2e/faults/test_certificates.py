@@ -17,7 +17,6 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from lamina.protos.preflight import preflight
 from lamina.protos import coordinator_pb2 as pb
 from lamina.protos import identity as identities
 from lamina.protos import statements as st
@@ -28,6 +27,7 @@ from lamina.protos.identity import authority as pki
 from lamina.protos.identity import site as sites
 from lamina.protos.identity.folder import FILES, key_pem
 from lamina.protos.link import Refused
+from lamina.protos.preflight import preflight
 from lamina.server import coordinator as coordinators
 from lamina.server.store import log_check, run_directory
 from tests import consortium, deployment

@@ -150,7 +150,7 @@ def below_the_quorum(folder: Path) -> None:
         first.reach("training", 2)
         deployment.kill(first.process)
         it.ended(coordinator, 3)
-        said = "round 2: expected at least 3 accepted updates of 3 asked, got 2 (no reply). Resume when more clients can answer"
+        said = "round 2: expected at least 3 accepted updates of 3 asked, got 2 (no reply). Start again"
         assert said in it.log.read_text()
         assert len(it.records()) == 1
         second = it.process("north")
