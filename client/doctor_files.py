@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lamina.client.data import glance
 from lamina.client.doctor import Line, size
 from lamina.client.policy import Policy, read
+from lamina.client.rows import glance
 from lamina.protos import spec as specs
 from lamina.protos.config import Config, DataConfig
 from lamina.protos.errors import ConfigError, LaminaError

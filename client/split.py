@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 
-from lamina.client.data import Row, load_rows, text_columns
+from lamina.client.rows import Row, load_rows, text_columns
 from lamina.protos.config import DataConfig
 
 

@@ -17,11 +17,12 @@ from safetensors.numpy import save as save_tensors
 from lamina.client import frozen as frozen_part
 from lamina.client import policy as policies
 from lamina.client.agent import Trained
-from lamina.client.data import Encoder, Example, check_columns, examples_of, load_rows, text_columns
+from lamina.client.data import Encoder, Example, examples_of
 from lamina.client.evaluate import score
 from lamina.client.model import Base, BaseOptions, check_length, load_base, put
 from lamina.client.participant import ClientState, Site, received, respond
 from lamina.client.policy import Policy
+from lamina.client.rows import check_columns, load_rows, text_columns
 from lamina.client.split import parts
 from lamina.protos import compose
 from lamina.protos.adapter import Adapter

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lamina.client.data import Row
+from lamina.client.rows import Row
 from lamina.protos.errors import DataError
 
 SILO_COLUMN = "silo"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lamina.client.data import FILE_COLUMN, Row, text_columns
+from lamina.client.rows import FILE_COLUMN, Row, text_columns
 from lamina.client.split import split
 from lamina.protos import seeds
 from lamina.protos.config import Config

@@ -65,8 +65,8 @@ def main(command: str, words: Sequence[str]) -> int:
     require_tls13()  # before gRPC is imported
     from lamina.client import policy as policies
     from lamina.client.agent import Agent, Superseded
-    from lamina.client.data import glance
     from lamina.client.listening import Settings
+    from lamina.client.rows import glance
     from lamina.protos import identity as identities
     from lamina.protos.link import Address, check_exposed
     from lamina.protos.logs import json_log, plain_log

@@ -92,7 +92,9 @@ def test_an_invite_cancelled_by_revoking_the_name(ca: Authority, invite: Invite)
 
 def test_an_invite_of_another(ca: Authority, invite: Invite) -> None:
     south = invited(ca, "south")
-    refused(ca, enrollment_request(replace(south, id=invite.id), csr()), "expected one signed with the invite for north")
+    refused(
+        ca, enrollment_request(replace(south, id=invite.id), csr()), "expected one signed with the invite for north"
+    )
     refused(ca, enrollment_request(south, csr()), "expected name, role and consortium south")
 
 
@@ -163,7 +165,9 @@ def test_a_signing_key_of_another_without_proof(ca: Authority, invite: Invite, t
 def test_a_proof_of_possession_taken_from_anothers_request(ca: Authority, invite: Invite) -> None:
     signing, key = Ed25519PrivateKey.generate(), new_tls_key()
     seen = possession(signing, key)  # made for the victim's TLS key
-    refused(ca, enrollment_request(invite, built(certificates.raw_public(signing.public_key()), seen)), "does not prove")
+    refused(
+        ca, enrollment_request(invite, built(certificates.raw_public(signing.public_key()), seen)), "does not prove"
+    )
 
 
 @pytest.mark.parametrize(

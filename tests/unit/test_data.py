@@ -12,8 +12,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from lamina.client.data import FILE_COLUMN, Encoder, Example, check_columns, load_rows, render_chat, text_columns
+from lamina.client.data import Encoder, Example, render_chat
 from lamina.client.model import load_tokenizer
+from lamina.client.rows import FILE_COLUMN, check_columns, load_rows, text_columns
 from lamina.protos.config import DataConfig
 from lamina.protos.errors import DataError
 from tests import texts
