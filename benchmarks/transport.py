@@ -5,7 +5,8 @@
 - `up_vs_bare_grpc`, `down_vs_bare_grpc`: bytes per second of one 64 MB adapter over mutual TLS, ours over the bare stream's.
   Ours has everything on: claim signed and checked, chunks, SHA-256 by the receiver, resumable partial file, stored as a blob, a
   row in SQLite, the event log. The sender's SHA-256 of an update is taken before, when it is put on the site's own disk. The
-  receivers of both write a new file and fsync it. Repeats alternate; medians are compared.
+  receivers of both write a new file and fsync it. Before each transfer of either, a file is written and removed, so that neither
+  pays for pages that the other has used. Repeats alternate; medians are compared.
 - `round_vs_flower`: seconds of the exchange of a round in which two clients receive and return a 64 MB adapter of 244 arrays,
   from before it is encoded to when both replies are in. Ours is over mutual TLS, durable at both ends, and checks both updates;
   Flower's is without TLS and in memory. Neither has the mean in it. `round_vs_flower_packed` sets ours against Flower's with as
@@ -167,6 +168,7 @@ def ours(folder: Path, port: int, payload: bytes, repeats: int) -> Iterator[tupl
     stream = link.stream("Instructions", pb.InstructionsRequest(run_id=terms["run_id"]))
     for _ in range(repeats):
         asked = st.instruction_of(json.loads(next(stream).statement), lambda name, size: Blob(name, size, b""))
+        peers.fresh_pages(folder)
         start = time.perf_counter()
         got = link.download(asked.release, folder / "releases")
         down_s = time.perf_counter() - start
@@ -175,6 +177,7 @@ def ours(folder: Path, port: int, payload: bytes, repeats: int) -> Iterator[tupl
         content = os.urandom(64) + payload[64:]
         digest = sha256(content)  # taken when a finished update is put on the site's disk
         peers.write(path, iter([content]))  # on disk before it is sent, as a site's finished update is
+        peers.fresh_pages(folder)
         start = time.perf_counter()
         claim = {
             "kind": st.CLAIM, "run_id": asked.run_id, "round": asked.round, "client_id": NAMES[0],
