@@ -17,7 +17,7 @@ import transformers
 from peft import PeftModel
 
 from lamina.client.hashes import hash_weights
-from lamina.client.model import load_tokenizer, resolved
+from lamina.client.loading import load_tokenizer, resolved
 from lamina.protos import seeds, spec
 from lamina.protos.errors import AdapterMismatch, ConfigError
 from lamina.protos.spec import AdapterSpec

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lamina.client.data import Example
-from lamina.client.model import Base, trainable_parameters, training_mode
+from lamina.client.model import Base, head_of, last_state, trainable_parameters, training_mode
+from lamina.client.sizing.memory import loss_chunk_tokens
 from lamina.protos import seeds
 from lamina.protos.adapter import Adapter, LoraFactors
 from lamina.protos.config import TrainConfig
@@ -73,15 +75,43 @@ def losses(base: Base, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
     Returns:
         Sum in nats (float32 scalar with gradient), number of targets whose most likely value is right, number of targets.
     """
-    logits = base.model(input_ids=batch.tokens, attention_mask=batch.mask).logits
+    if batch.targets.dim() == 2 and base.split_head and batch.tokens.numel() > loss_chunk_tokens(base.vocab):
+        return _losses_in_chunks(base, batch)
+    logits = base.model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
     if batch.targets.dim() == 1:
         scores, wanted = logits.float(), batch.targets
     else:
         scores, wanted = logits[:, :-1].reshape(-1, logits.shape[-1]).float(), batch.targets[:, 1:].reshape(-1)
         kept = wanted != IGNORED
         scores, wanted = scores[kept], wanted[kept]
+    total, hits = _summed(scores, wanted)
+    return total, hits, int(wanted.numel())
+
+
+def _summed(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     total = torch.nn.functional.cross_entropy(scores, wanted, reduction="sum")
-    hits = (scores.detach().argmax(-1) == wanted).sum()
+    return total, (scores.detach().argmax(-1) == wanted).sum()
+
+
+def _losses_in_chunks(base: Base, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The same with logits of a few tokens at a time, formed again for the gradient; only where there is a target."""
+    states, head = last_state(base, batch.tokens, batch.mask), head_of(base)
+    wanted = batch.targets[:, 1:].reshape(-1)
+    kept = wanted != IGNORED
+    states, wanted = states[:, :-1].reshape(-1, states.shape[-1])[kept], wanted[kept]
+
+    def scored(some: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _summed(head(some).float(), targets)
+
+    size = loss_chunk_tokens(base.vocab)
+    total = states.new_zeros((), dtype=torch.float32)
+    hits = torch.zeros((), dtype=torch.int64, device=states.device)
+    for start in range(0, wanted.numel(), size):
+        some, targets = states[start : start + size], wanted[start : start + size]
+        nats, right = (
+            checkpoint(scored, some, targets, use_reentrant=False) if some.requires_grad else scored(some, targets)
+        )
+        total, hits = total + nats, hits + right
     return total, hits, int(wanted.numel())
 
 

@@ -19,7 +19,8 @@ from lamina.client import policy as policies
 from lamina.client.agent import Trained
 from lamina.client.data import Encoder, Example, examples_of
 from lamina.client.evaluate import score
-from lamina.client.model import Base, BaseOptions, check_length, load_base, put
+from lamina.client.loading import BaseOptions, check_length, load_base
+from lamina.client.model import Base, put
 from lamina.client.participant import ClientState, Site, received, respond
 from lamina.client.policy import Policy
 from lamina.client.rows import check_columns, load_rows, text_columns

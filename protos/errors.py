@@ -66,7 +66,7 @@ class UpdateRejected(LaminaError):
 
 
 class TrainingError(LaminaError):
-    """Local training produced a loss or an adapter that is not finite."""
+    """Local training produced a loss or an adapter that is not finite, or this machine's gradients are wrong."""
 
     exit_code = 2
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamina.client.data import Encoder, Example, examples_of
-from lamina.client.model import Base, BaseOptions, check_length, load_base
+from lamina.client.loading import BaseOptions, check_length, load_base
+from lamina.client.model import Base
 from lamina.client.rows import check_columns, load_rows, text_columns
 from lamina.client.split import is_number
 from lamina.protos.config import Config, client_names

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lamina.client.export import export_adapter, merge
-from lamina.client.model import BaseOptions, load_base, quiet
+from lamina.client.loading import BaseOptions, load_base
+from lamina.client.model import quiet
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import write_atomic
 from lamina.protos.words import flag, parsed

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina.client.model import BaseOptions, load_base
+from lamina.client.loading import BaseOptions, load_base
 from lamina.protos.errors import ConfigError
 
 MARKER = "LAMINA_ATTACK_MARKER"

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lamina.client.model import TINY
+from lamina.client.loading import TINY
 from tests import deployment, texts
 from tests.e2e.commands import ROOT, TIMEOUT_S, data_folder, environment
 

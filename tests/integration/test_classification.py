@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lamina.client.model import BaseOptions, load_base, put, take
+from lamina.client.loading import BaseOptions, load_base
+from lamina.client.model import put, take
 from lamina.protos.adapter import Adapter
 from lamina.protos.codec import decode
 from lamina.protos.errors import ConfigError, DataError

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lamina.client.model import Base, BaseOptions, load_base, put, take
+from lamina.client.loading import BaseOptions, load_base
+from lamina.client.model import Base, put, take
 from lamina.client.train import Task, completed, train
 from lamina.protos.adapter import Adapter, product
 from lamina.protos.codec import BYTES_PER_NUMBER, decode, decode_update

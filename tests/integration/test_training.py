@@ -15,7 +15,8 @@ import torch
 from lamina.client import train as module
 from lamina.client.data import Example
 from lamina.client.evaluate import score
-from lamina.client.model import Base, BaseOptions, load_base, put, take, trainable_parameters
+from lamina.client.loading import BaseOptions, load_base
+from lamina.client.model import Base, put, take, trainable_parameters
 from lamina.client.train import Task, completed, learning_rate, train
 from lamina.protos.adapter import Adapter, LoraFactors, product
 from lamina.protos.config import TrainConfig

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from lamina.client.data import Encoder, Example, render_chat
-from lamina.client.model import load_tokenizer
+from lamina.client.loading import load_tokenizer
 from lamina.client.rows import FILE_COLUMN, check_columns, load_rows, text_columns
 from lamina.protos.config import DataConfig
 from lamina.protos.errors import DataError

@@ -1,0 +1,180 @@
+"""The memory model against what training takes, each configuration in a process of its own.
+
+    python benchmarks/memory.py [--quick]
+
+Models of the LLaMA family from 6 to 271 million random parameters; measured is the peak of resident memory, from the imports to
+the end of the second optimizer step, less what was resident after the imports. Predicted is `client.sizing.memory.peak_bytes`
+from the model's configuration alone. The runtime's own share was fitted on the first half of the configurations; the figures are
+those of the second half, whose models, formats, ranks and lengths are others. `--quick` takes a fixed part of that half.
+
+- `median_error`, `p95_error`: of |predicted - measured| / measured.
+- `worst_underprediction`: the largest (measured - predicted) / measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.results import write_section  # noqa: E402
+
+CACHE = ROOT / "benchmarks" / "cache" / "memory"
+LEAST_BYTES = 64 * 10**6
+BOUNDS = {"median_error": 0.08, "p95_error": 0.15, "worst_underprediction": 0.10}
+# Name -> hidden, intermediate, layers, vocabulary, heads, key-value heads, tied embeddings.
+MODELS: dict[str, tuple[int, int, int, int, int, int, bool]] = {
+    "6M": (256, 688, 6, 4096, 8, 8, False),
+    "17M": (384, 1024, 6, 8192, 6, 2, False),
+    "34M": (512, 1376, 8, 8192, 8, 8, False),
+    "57M": (768, 2048, 8, 8192, 12, 4, True),
+    "110M": (768, 2048, 12, 16384, 12, 12, False),
+    "271M": (1024, 2816, 16, 32000, 16, 16, False),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration."""
+
+    model: str
+    format: str
+    compute: str
+    rank: int
+    batch_size: int
+    length: int
+    checkpointing: bool = False
+
+
+SEEN = [
+    Case("34M", "fp32", "fp32", 8, 4, 128), Case("34M", "fp32", "fp32", 16, 2, 512),
+    Case("34M", "fp32", "fp32", 8, 4, 256, True), Case("34M", "bf16", "bf16", 16, 4, 128),
+    Case("34M", "bf16", "bf16", 8, 4, 256, True), Case("34M", "nf4", "fp32", 16, 4, 256),
+    Case("34M", "nf4", "bf16", 8, 2, 256), Case("34M", "nf4", "fp32", 16, 8, 128, True),
+    Case("34M", "int8", "fp32", 8, 2, 256), Case("110M", "fp32", "fp32", 8, 1, 256),
+    Case("110M", "fp32", "fp32", 16, 2, 256, True), Case("110M", "bf16", "bf16", 8, 1, 128),
+    Case("110M", "nf4", "fp32", 8, 1, 256), Case("110M", "nf4", "fp32", 16, 2, 256, True),
+    Case("110M", "int8", "fp32", 16, 1, 128, True), Case("6M", "fp32", "fp32", 8, 8, 256),
+]  # fmt: skip
+UNSEEN = [
+    Case("6M", "nf4", "fp32", 4, 8, 128), Case("17M", "fp32", "fp32", 4, 4, 192),
+    Case("17M", "fp32", "fp32", 32, 8, 128, True), Case("17M", "nf4", "fp32", 64, 4, 256),
+    Case("17M", "bf16", "bf16", 4, 4, 192), Case("17M", "int8", "fp32", 32, 4, 192),
+    Case("57M", "fp32", "fp32", 4, 2, 192), Case("57M", "fp32", "fp32", 64, 1, 384, True),
+    Case("57M", "nf4", "fp32", 4, 2, 192), Case("57M", "nf4", "fp32", 32, 2, 384, True),
+    Case("57M", "nf4", "bf16", 4, 1, 384), Case("57M", "int8", "fp32", 4, 2, 192),
+    Case("57M", "bf16", "bf16", 32, 1, 192), Case("57M", "bf16", "bf16", 4, 3, 192, True),
+    Case("57M", "int8", "fp32", 64, 1, 384, True), Case("271M", "fp32", "fp32", 4, 1, 192),
+    Case("271M", "nf4", "fp32", 4, 1, 192), Case("271M", "nf4", "fp32", 64, 1, 384, True),
+    Case("271M", "int8", "fp32", 4, 1, 192, True), Case("271M", "bf16", "bf16", 4, 1, 96),
+]  # fmt: skip
+QUICK = [case for case in UNSEEN if case.model in ("6M", "17M", "57M") and case.compute == "fp32"]
+
+
+def model_at(name: str, number_format: str, compute: str) -> Path:
+    """A folder with a random model, or its quantised copy; made once."""
+    folder = CACHE / (name if number_format in ("fp32", "bf16") else f"{name}-{number_format}-{compute}")
+    if (folder / "config.json").is_file():
+        return folder
+    if number_format in ("fp32", "bf16"):
+        _make_model(folder, *MODELS[name])
+    else:
+        from lamina.client.quantised.making import Wanted, make
+
+        make(Wanted(str(model_at(name, "fp32", "")), folder, number_format, compute), lambda text: None)
+    return folder
+
+
+def _make_model(
+    folder: Path, hidden: int, intermediate: int, layers: int, vocab: int, heads: int, kv_heads: int, tied: bool
+) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lamina.client.loading import TINY
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, vocab_size=vocab,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for found in TINY.glob("tokenizer*"):
+        shutil.copy(found, folder)
+
+
+def measured_and_predicted(case: Case) -> dict[str, Any]:
+    """Bytes of one configuration, both ways."""
+    from lamina.client.shape import shape_of
+    from lamina.client.sizing.memory import Step, peak_bytes
+    from lamina.client.sizing.probe import Trial, measure
+
+    folder = model_at(case.model, case.format, case.compute)
+    trial = Trial(
+        str(folder), case.format, case.compute, case.rank, case.batch_size, case.length, case.checkpointing, threads=1
+    )
+    found = measure(trial)
+    if found is None:
+        raise OSError(f"{case}: it did not fit")
+    shape = shape_of(str(folder))
+    step = Step(
+        default=case.format,
+        compute=case.compute,
+        ranks={module: min(case.rank, *sides) for module, sides in shape.linears.items()},
+        tokens=case.batch_size * case.length,
+        checkpointing=case.checkpointing,
+        file_bytes=4 * shape.parameters if case.format == "bf16" else 0,
+    )
+    predicted = peak_bytes(shape, step)
+    return {"case": case, "measured": found.increment_bytes, "predicted": predicted}
+
+
+def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Errors over configurations that take enough to matter."""
+    errors = [row["predicted"] / row["measured"] - 1 for row in rows if row["measured"] >= LEAST_BYTES]
+    sizes = sorted(abs(error) for error in errors)
+    return {
+        "median_error": statistics.median(sizes),
+        "p95_error": sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))],
+        "worst_underprediction": max(0.0, -min(errors)),
+        "configurations": len(sizes),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a fixed part of the unseen half, at most three minutes")
+    parser.add_argument("--seen", action="store_true", help="the half that was fitted to")
+    options = parser.parse_args()
+    cases = SEEN if options.seen else QUICK if options.quick else UNSEEN
+    lines = ["| model | format, compute | rank | batch x length | checkpointing | measured MB | predicted MB | error |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    rows = []
+    for case in cases:
+        row = measured_and_predicted(case)
+        rows.append(row)
+        error = row["predicted"] / row["measured"] - 1
+        shown = "yes" if case.checkpointing else "no"
+        lines.append(
+            f"| {case.model} | {case.format}, {case.compute} | {case.rank} | {case.batch_size} x {case.length} | {shown} | "
+            f"{row['measured'] / 1e6:.0f} | {row['predicted'] / 1e6:.0f} | {error:+.1%} |"
+        )
+        print(lines[-1], flush=True)
+    found = figures(rows)
+    text = "\n".join(lines)
+    if not options.quick and not options.seen:
+        bounds = ", ".join(f"{name} {found[name]:.3f} (bound {bound})" for name, bound in BOUNDS.items())
+        write_section("memory", "python benchmarks/memory.py", f"{__doc__.split(chr(10), 4)[4]}\n{bounds}\n\n{text}")
+    print(json.dumps({"benchmark": "memory", "quick": options.quick, **found}))
+
+
+if __name__ == "__main__":
+    main()

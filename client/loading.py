@@ -1,0 +1,463 @@
+"""Loading a base with transformers and peft: the only place that reads its files.
+
+Weights come from safetensors files only; no code from a model repository is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers.pytorch_utils import Conv1D
+
+from lamina.client.hardware import profile
+from lamina.client.hashes import hash_chat_template, hash_config, hash_tokenizer, hash_weights
+from lamina.client.model import Base, FrozenHook, head_splits, put
+from lamina.client.quantised import compensation, copies, formats, mixed, selftest
+from lamina.protos import seeds
+from lamina.protos.adapter import Adapter
+from lamina.protos.errors import ConfigError
+from lamina.protos.spec import AdapterSpec
+
+TINY = Path(__file__).parent.parent / "simulations" / "tiny"
+WEIGHTS = "model.safetensors"
+# What transformers and safetensors raise for files that are missing, truncated or not what they claim to be.
+LOADING = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+
+
+def resolved(source: str) -> str:
+    """The directory or hub id behind `model.source`.
+
+    Args:
+        source: `tiny`, a directory, or a hub id.
+
+    Returns:
+        What transformers loads.
+
+    Raises:
+        ConfigError: If it looks like a path and is none.
+    """
+    if source == "tiny":
+        return str(TINY)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model.source={source}: expected a model directory with config.json, found none there.")
+        return str(path)
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ConfigError(
+            f"model.source={source}: expected tiny, a model directory or a hub id owner/name. No such directory."
+        )
+    return source
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """How to load a base.
+
+    Attributes:
+        source: See `resolved`.
+        revision: Commit of a hub id.
+        task: `causal-lm` or `sequence-classification`.
+        labels: Ordered label list, for classification.
+        target_modules: Suffixes, or `all-linear`.
+        seed: Of newly initialised parameters.
+        device: `auto` or a torch device.
+        format: Number format of the linear layers, of `formats.FORMATS`.
+        compute: Of activations and of what is not quantised: `auto`, `fp32`, `bf16` or `fp16`.
+        checkpointing: Whether activations are computed again in the backward pass.
+        bits: Budget of the format `mixed`, a weight.
+    """
+
+    source: str
+    revision: str = ""
+    task: str = "causal-lm"
+    labels: tuple[str, ...] = ()
+    target_modules: str | Sequence[str] = "all-linear"
+    seed: int = 0
+    device: str = "auto"
+    format: str = "fp32"
+    compute: str = "auto"
+    checkpointing: bool = False
+    bits: float = 5.0
+
+
+def pick_device(name: str) -> torch.device:
+    """The device to train on.
+
+    Args:
+        name: `auto` takes cuda, xpu, mps or cpu, the first there is.
+
+    Returns:
+        A torch device.
+
+    Raises:
+        ConfigError: If the device asked for is not there.
+    """
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "xpu": torch.xpu.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if name == "auto":
+        return torch.device(next((kind for kind, there in present.items() if there), "cpu"))
+    if not present.get(name, name == "cpu"):
+        raise ConfigError(
+            f"train.device={name}: expected a device that is here, got none. Set train.device=cpu or auto."
+        )
+    return torch.device(name)
+
+
+def load_base(options: BaseOptions) -> Base:
+    """Load, check, hash and prepare a base.
+
+    Args:
+        options: What to load.
+
+    Returns:
+        The base with rank-0 slots in every target module.
+
+    Raises:
+        ConfigError: If the model cannot be loaded, lacks weights for a causal-lm, has none of the target modules, or cannot be
+            had in the number format.
+    """
+    source = resolved(options.source)
+    tokenizer = load_tokenizer(source, options.revision)
+    copy = copies.read_manifest(source)
+    if copy is not None:
+        copies.check_files(Path(source), copy)
+    device = pick_device(options.device)
+    options = _with_format(options, copy, device)
+    compute = formats.DTYPES[options.compute]
+    weights = copy.base["weights"] if copy else ""
+    if not copy and options.format != "fp32":
+        # The hash is over the full-precision weights, which are dropped before the smaller ones are made.
+        weights = weights_hash(*load_model(source, replace(options, format="fp32"), tokenizer, "auto"))
+    if options.format == "mixed" and copy is None:
+        model, missing = load_model(source, options, tokenizer, "auto")
+        mixed.quantise(model, mixed.chosen(model, linear_layers(model), options.bits), options.compute)
+    else:
+        model, missing = load_model(source, options, tokenizer, compute)
+    new = tuple(sorted(missing))
+    if new and options.task == "causal-lm":
+        raise ConfigError(
+            f"{options.source}: expected weights for every parameter, none for {list(new)[:5]}. Use a causal-lm."
+        )
+    hashes = {
+        "weights": weights or weights_hash(model, missing),
+        "config": copy.base["config"] if copy else hash_config(model.config),
+        "tokenizer": hash_tokenizer(tokenizer),
+        "chat_template": hash_chat_template(tokenizer),
+    }
+    targets = target_modules(model, options.target_modules, new)
+    dense = {name: model.get_parameter(name).detach().float().cpu().numpy().copy() for name in new}
+    spec = AdapterSpec(
+        modules=targets,
+        task=options.task,
+        labels=options.labels,
+        dense=dense,
+        base_model=copy.base_model if copy else options.source,
+        hashes=hashes,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
+    )
+    revision = getattr(model.config, "_commit_hash", None) or options.revision
+    return _with_slots(model, tokenizer, spec, device, revision, options)
+
+
+def _with_format(options: BaseOptions, copy: copies.Manifest | None, device: torch.device) -> BaseOptions:
+    """The options with the copy's format where it is one, and with the compute format decided."""
+    number_format = options.format
+    if copy is not None:
+        if number_format not in ("fp32", copy.format):  # fp32 is the default: whoever names a copy wants its format
+            raise ConfigError(
+                f"quantisation.format={number_format}: expected {copy.format}, the format of the copy model.source={options.source}. "
+                "Name the full-precision base, or another copy."
+            )
+        number_format = copy.format
+    compute = options.compute
+    if compute == "auto":
+        compute = copy.compute if copy else formats.default_compute(number_format, profile(device.type))
+    formats.check(number_format, compute)
+    return replace(options, format=number_format, compute=compute)
+
+
+def weights_hash(model: Any, missing: set[str]) -> str:
+    """The hash of a base's weights.
+
+    Args:
+        model: In full precision.
+        missing: Parameters that its files lack.
+
+    Returns:
+        Hex.
+    """
+    return hash_weights({name: p for name, p in model.state_dict().items() if name not in missing})
+
+
+def check_length(base: Base, max_length: int) -> None:
+    """Raise unless the base's positions reach as far as examples may.
+
+    Args:
+        base: The base.
+        max_length: Tokens in an example.
+
+    Raises:
+        ConfigError: If they do not.
+    """
+    longest = getattr(base.model.config, "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise ConfigError(
+            f"train.max_length={max_length}: expected at most {longest}, what the base's positions reach."
+        )
+
+
+def load_tokenizer(source: str, revision: str = "") -> Any:
+    """The tokenizer, with a padding token.
+
+    Args:
+        source: Directory or hub id.
+        revision: Commit of a hub id.
+
+    Returns:
+        A transformers tokenizer; `pad_token` falls back to the end-of-text token.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=False
+        )
+    except LOADING as error:
+        raise ConfigError(f"{source}: expected a tokenizer, got: {first_line(error)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_model(source: str, options: BaseOptions, tokenizer: Any, dtype: torch.dtype | str) -> tuple[Any, set[str]]:
+    """A model as transformers loads it.
+
+    Args:
+        source: See `resolved`.
+        options: Format, task, labels, seed.
+        tokenizer: For its padding token.
+        dtype: Of what is not quantised, or `auto` for that of the files.
+
+    Returns:
+        The model, and the names of the parameters that its files lack and that were drawn.
+
+    Raises:
+        ConfigError: If its files are not those of such a model.
+    """
+    copy = copies.read_manifest(source)
+    if copy is not None and copy.format == "mixed":
+        return _mixed_copy(source, copy, options), set()
+    torch.manual_seed(seeds.integer(options.seed, "new-parameters"))
+    arguments: dict[str, Any] = {
+        "revision": options.revision or "main",
+        "dtype": dtype,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+    }
+    quantisation = formats.library_config(options.format, options.compute)
+    if quantisation is not None and copy is None:
+        arguments["quantization_config"] = quantisation
+    auto = transformers.AutoModelForCausalLM
+    if options.task == "sequence-classification":
+        auto = transformers.AutoModelForSequenceClassification
+        arguments["id2label"] = dict(enumerate(options.labels))
+        arguments["label2id"] = {label: index for index, label in enumerate(options.labels)}
+        arguments["num_labels"] = len(options.labels)
+        arguments["pad_token_id"] = tokenizer.pad_token_id
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        model, info = auto.from_pretrained(source, **arguments)
+    except LOADING as error:
+        raise ConfigError(
+            f"model.source={options.source}: expected a {options.task} model with safetensors weights, got: "
+            f"{first_line(error)} Check the directory or hub id, model.revision, and the network."
+        ) from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return model, set(info["missing_keys"])
+
+
+def _mixed_copy(source: str, copy: copies.Manifest, options: BaseOptions) -> Any:
+    """A model from the files of a mixed copy: built without weights, its layers replaced, then filled."""
+    if options.task != "causal-lm":
+        raise ConfigError(
+            f"model.source={options.source}: expected task=causal-lm with a mixed copy, got {options.task}."
+        )
+    dtype = formats.DTYPES[copy.compute]
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        with init_empty_weights():
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for module, number_format in copy.formats.items():
+            plain = model.get_submodule(module)
+            parent, _, name = module.rpartition(".")
+            made = mixed.empty(
+                plain.in_features, plain.out_features, plain.bias is not None, number_format, copy.compute
+            )
+            setattr(model.get_submodule(parent), name, made)
+        mixed.fill(model, load_file(Path(source) / WEIGHTS), copy.formats)
+        model.tie_weights()
+    except LOADING as error:
+        raise ConfigError(
+            f"model.source={options.source}: expected the files of a mixed copy, got: {first_line(error)} Make the copy again."
+        ) from None
+    mixed.mark(model)
+    return model
+
+
+def head_name(model: Any) -> str:
+    """Name of a model's output head.
+
+    Args:
+        model: Of transformers.
+
+    Returns:
+        Empty for a model without one.
+    """
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if head is not None and module is head), "")
+
+
+def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
+    """What is quantised: every linear layer but the output head.
+
+    Args:
+        model: Of transformers.
+
+    Returns:
+        Module -> (d_out, d_in).
+    """
+    head = head_name(model)
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != head
+    }
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text.
+
+    Args:
+        error: Anything.
+
+    Returns:
+        Its kind where it has no text.
+    """
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def target_modules(model: Any, wanted: str | Sequence[str], new: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """The modules to adapt, by full name, with (d_out, d_in).
+
+    Args:
+        model: A transformers model.
+        wanted: Suffixes such as `q_proj`, or `all-linear`: every linear layer but the output head.
+        new: Newly initialised parameters; their modules are trained whole instead.
+
+    Returns:
+        Module -> shape, in the model's order.
+
+    Raises:
+        ConfigError: If a suffix matches nothing; the suffixes that exist are listed.
+    """
+    head = model.get_output_embeddings()
+    whole = {name.rsplit(".", 1)[0] for name in new}
+    linear: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if module is head or name in whole:
+            continue
+        if isinstance(module, torch.nn.Linear):
+            linear[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            linear[name] = (int(module.weight.shape[1]), int(module.weight.shape[0]))
+    suffixes = [wanted] if isinstance(wanted, str) else list(wanted)
+    if suffixes == ["all-linear"]:
+        return linear
+    for suffix in suffixes:
+        if not any(_matches(name, suffix) for name in linear):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise ConfigError(f"lora.target_modules: this model has no {suffix!r}. It has: {', '.join(known)}.")
+    return {name: shape for name, shape in linear.items() if any(_matches(name, suffix) for suffix in suffixes)}
+
+
+def _matches(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def _with_slots(
+    model: Any, tokenizer: Any, spec: AdapterSpec, device: torch.device, revision: str, options: BaseOptions
+) -> Base:
+    if options.format != "fp32" and copies.read_manifest(resolved(options.source)) is None:
+        _let_go_of_the_file(model)
+    model = get_peft_model(
+        model,
+        PeftLoraConfig(
+            r=1, lora_alpha=1, target_modules=list(spec.modules), fan_in_fan_out=spec.fan_in_fan_out, lora_dropout=0.0
+        ),
+    )
+    model.requires_grad_(False)
+    if options.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base = Base(
+        model=model.to(device).eval(),
+        tokenizer=tokenizer,
+        spec=spec,
+        device=device,
+        revision=revision,
+        format=options.format,
+        dtype=formats.DTYPES[options.compute],
+    )
+    beside = _compensation(options, device)
+    for module in spec.modules:
+        layer = base.layer(module).base_layer
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # Else an evaluation packs the weights for a kernel that has no gradient, and training goes on with wrong ones.
+            layer.support_avx512bf16_for_cpu = False
+        if hasattr(layer, "compute_dtype"):
+            layer.compute_dtype = base.dtype  # a copy's may be another
+        layer.register_forward_hook(FrozenHook(base.frozen, module, beside.get(module, ())))
+    put(base, Adapter(), None, trainable=False)
+    base.split_head = spec.task == "causal-lm" and head_splits(base)
+    selftest.check(base, "at loading")
+    return base
+
+
+def _compensation(options: BaseOptions, device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The compensation factors of a copy that has some."""
+    folder = Path(resolved(options.source))
+    copy = copies.read_manifest(str(folder))
+    if copy is None or not copy.compensation:
+        return {}
+    try:
+        parts = compensation.from_files(load_file(folder / copies.COMPENSATION))
+    except LOADING as error:
+        raise ConfigError(
+            f"{folder / copies.COMPENSATION}: expected compensation factors, got: {first_line(error)} Make the copy again."
+        ) from None
+    return {module: (a.to(device), b.to(device)) for module, (a, b) in parts.items()}
+
+
+def _let_go_of_the_file(model: Any) -> None:
+    """Copy what is kept as it is in the file, which else stays mapped as a whole for the sake of a few parameters."""
+    for parameter in model.parameters():
+        if type(parameter) is torch.nn.Parameter and parameter.dtype.is_floating_point:
+            parameter.data = parameter.data.clone()
