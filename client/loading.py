@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from lamina.client.hardware import profile
 from lamina.client.hashes import hash_chat_template, hash_config, hash_tokenizer, hash_weights
 from lamina.client.model import Base, FrozenHook, head_splits, put
-from lamina.client.quantised import compensation, copies, formats, mixed, selftest
+from lamina.client.quantised import compensation, copies, formats, mixed, odd_rows, selftest
 from lamina.protos import seeds
 from lamina.protos.adapter import Adapter
 from lamina.protos.errors import ConfigError
@@ -138,23 +138,27 @@ def load_base(options: BaseOptions) -> Base:
     device = pick_device(options.device)
     options = _with_format(options, copy, device)
     compute = formats.DTYPES[options.compute]
-    weights = copy.base["weights"] if copy else ""
+    known = dict(copy.base) if copy else {}
+    left_out: Sequence[str] = ()
     if not copy and options.format != "fp32":
-        # The hash is over the full-precision weights, which are dropped before the smaller ones are made.
-        weights = weights_hash(*load_model(source, replace(options, format="fp32"), tokenizer, "auto"))
+        # The hashes are those of the full-precision base, which is dropped before the smaller one is made.
+        exact, missing = load_model(source, replace(options, format="fp32"), tokenizer, "auto")
+        left_out = not_quantised(exact, options.format, options.compute)
+        known = {"weights": weights_hash(exact, missing), "config": hash_config(exact.config)}
+        del exact
     if options.format == "mixed" and copy is None:
         model, missing = load_model(source, options, tokenizer, "auto")
         mixed.quantise(model, mixed.chosen(model, linear_layers(model), options.bits), options.compute)
     else:
-        model, missing = load_model(source, options, tokenizer, compute)
+        model, missing = load_model(source, options, tokenizer, compute, left_out)
     new = tuple(sorted(missing))
     if new and options.task == "causal-lm":
         raise ConfigError(
             f"{options.source}: expected weights for every parameter, none for {list(new)[:5]}. Use a causal-lm."
         )
     hashes = {
-        "weights": weights or weights_hash(model, missing),
-        "config": copy.base["config"] if copy else hash_config(model.config),
+        "weights": known.get("weights") or weights_hash(model, missing),
+        "config": known.get("config") or hash_config(model.config),
         "tokenizer": hash_tokenizer(tokenizer),
         "chat_template": hash_chat_template(tokenizer),
     }
@@ -179,8 +183,8 @@ def _with_format(options: BaseOptions, copy: copies.Manifest | None, device: tor
     if copy is not None:
         if number_format not in ("fp32", copy.format):  # fp32 is the default: whoever names a copy wants its format
             raise ConfigError(
-                f"quantisation.format={number_format}: expected {copy.format}, the format of the copy model.source={options.source}. "
-                "Name the full-precision base, or another copy."
+                f"quantisation.format={number_format}: expected {copy.format}, the format of the copy "
+                f"model.source={options.source}. Name the full-precision base, or another copy."
             )
         number_format = copy.format
     compute = options.compute
@@ -244,7 +248,9 @@ def load_tokenizer(source: str, revision: str = "") -> Any:
     return tokenizer
 
 
-def load_model(source: str, options: BaseOptions, tokenizer: Any, dtype: torch.dtype | str) -> tuple[Any, set[str]]:
+def load_model(
+    source: str, options: BaseOptions, tokenizer: Any, dtype: torch.dtype | str, left_out: Sequence[str] = ()
+) -> tuple[Any, set[str]]:
     """A model as transformers loads it.
 
     Args:
@@ -252,6 +258,7 @@ def load_model(source: str, options: BaseOptions, tokenizer: Any, dtype: torch.d
         options: Format, task, labels, seed.
         tokenizer: For its padding token.
         dtype: Of what is not quantised, or `auto` for that of the files.
+        left_out: Modules that are not to be quantised.
 
     Returns:
         The model, and the names of the parameters that its files lack and that were drawn.
@@ -270,7 +277,7 @@ def load_model(source: str, options: BaseOptions, tokenizer: Any, dtype: torch.d
         "trust_remote_code": False,
         "output_loading_info": True,
     }
-    quantisation = formats.library_config(options.format, options.compute)
+    quantisation = formats.library_config(options.format, options.compute, left_out)
     if quantisation is not None and copy is None:
         arguments["quantization_config"] = quantisation
     auto = transformers.AutoModelForCausalLM
@@ -320,6 +327,23 @@ def _mixed_copy(source: str, copy: copies.Manifest, options: BaseOptions) -> Any
         ) from None
     mixed.mark(model)
     return model
+
+
+def not_quantised(model: Any, number_format: str, compute: str) -> list[str]:
+    """What stays in the compute format: the output head, and matrices that the format cannot hold.
+
+    Args:
+        model: In full precision.
+        number_format: Of the linear layers.
+        compute: Of the activations.
+
+    Returns:
+        Module names.
+    """
+    shapes = linear_layers(model)
+    odd = [name for name, shape in shapes.items() if formats.held(number_format, compute, shape) != number_format]
+    head = head_name(model)
+    return [head, *odd] if head else odd
 
 
 def head_name(model: Any) -> str:
@@ -434,6 +458,7 @@ def _with_slots(
             layer.support_avx512bf16_for_cpu = False
         if hasattr(layer, "compute_dtype"):
             layer.compute_dtype = base.dtype  # a copy's may be another
+            odd_rows.mend(layer)
         layer.register_forward_hook(FrozenHook(base.frozen, module, beside.get(module, ())))
     put(base, Adapter(), None, trainable=False)
     base.split_head = spec.task == "causal-lm" and head_splits(base)

@@ -39,7 +39,9 @@ def shape_of(source: str, revision: str = "") -> Shape:
             model = transformers.AutoModelForCausalLM.from_config(config)
         model.tie_weights()
     except LOADING as error:
-        raise ConfigError(f"model.source={source}: expected config.json of a causal-lm, got: {first_line(error)}") from None
+        raise ConfigError(
+            f"model.source={source}: expected config.json of a causal-lm, got: {first_line(error)}"
+        ) from None
     return _shape(model, config.get_text_config())
 
 

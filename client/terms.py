@@ -29,7 +29,6 @@ DICTATED = (
     "train.",
     "lora.",
     "adapter.",
-    "quantisation.",
     "wire.",
     "evaluate.",
     "privacy.",

@@ -23,6 +23,7 @@ from lamina.client.loading import BaseOptions, check_length, load_base
 from lamina.client.model import Base, put
 from lamina.client.participant import ClientState, Site, received, respond
 from lamina.client.policy import Policy
+from lamina.client.quantised import selftest
 from lamina.client.rows import check_columns, load_rows, text_columns
 from lamina.client.split import parts
 from lamina.protos import compose
@@ -55,6 +56,7 @@ class SiteWorker:
         self._base: Base | None = None
         self._loaded: tuple[Any, ...] = ()
         self._run: _Run | None = None
+        self._tested = False
         self._state = ClientState()
         self._shared: dict[str, frozen_part.Frozen] = {}
 
@@ -92,6 +94,7 @@ class SiteWorker:
 
     def _with_base(self, config: Config, spec: AdapterSpec) -> Base:
         targets = config.lora.target_modules
+        quantisation = config.quantisation
         key = (config.task, spec.labels, str(targets), config.seed)
         if self._base is None or key != self._loaded:
             self._say(f"loading {config.model.source}")
@@ -103,6 +106,9 @@ class SiteWorker:
                 target_modules=targets,
                 seed=config.seed,
                 device=config.train.device,
+                format=quantisation.format,
+                compute=quantisation.compute,
+                bits=quantisation.bits,
             )
             self._base, self._loaded = load_base(options), key
         mine = self._base.spec
@@ -183,6 +189,9 @@ class SiteWorker:
         put(base, release, beside, trainable=False)
         found = score(base, run.held_out, run.config.evaluate.batch_size)
         put(base, Adapter(), None, trainable=False)
+        if not self._tested:
+            selftest.check(base, "after the first evaluation")
+            self._tested = True
         return {"nats": found.nats, "targets": float(found.targets), "hits": float(found.hits)}
 
     def _begun(self) -> tuple[_Run, Base]:

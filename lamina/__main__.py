@@ -23,6 +23,8 @@ COMMANDS = {
     "doctor": ("lamina.client.commands.doctor", "check install, devices, certificates, clock, ports"),
     "report": ("lamina.server.commands.report", "one HTML page comparing finished runs"),
     "export": ("lamina.client.commands.export", "a run's adapter with its model card; on request a merged model"),
+    "plan": ("lamina.client.commands.plan", "this machine, and how it would train a model"),
+    "quantise": ("lamina.client.commands.quantise", "a copy of a base in fewer bits, with its manifest"),
     "spec": ("lamina.client.commands.export", "the schema file that a coordinator needs of a model"),
 }
 

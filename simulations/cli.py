@@ -92,7 +92,8 @@ class _Shared:
 
     def get(self, config: Config, watcher: Terminal) -> Prepared:
         parts = [config.data, config.model, config.task, config.partition, config.clients.count, config.evaluate]
-        key = repr([*parts, config.lora.target_modules, config.train.max_length, config.train.device, config.seed])
+        parts += [config.lora.target_modules, config.train.max_length, config.train.device, config.seed]
+        key = repr([*parts, config.quantisation])
         if self._prepared is None or key != self._key:
             self._prepared = None
             self._prepared, self._key = prepare(config, watcher.say), key

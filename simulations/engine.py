@@ -82,7 +82,7 @@ class Cohort:
     """The clients of a simulation and what each carries from round to round."""
 
     sites: Mapping[str, Site]
-    base: Base
+    bases: Mapping[str, Base]
     config: Config
     watcher: Watcher
     states: dict[str, ClientState] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Cohort:
             self.watcher.step(client, instruction.round, step, config.train.local_steps, loss)
 
         before = self.states.get(client, ClientState())
-        reply, self.states[client] = respond(site, self.base, before, instruction, self.shared, progress)
+        reply, self.states[client] = respond(site, self.bases[client], before, instruction, self.shared, progress)
         held = {state.frozen.digest for state in self.states.values() if state.frozen is not None}
         for digest in [digest for digest in self.shared if digest not in held]:
             del self.shared[digest]
@@ -179,7 +179,7 @@ def cohort(config: Config, prepared: Prepared, found: Mapping[str, Budget], watc
         )
         for client, budget in found.items()
     }
-    return Cohort(sites, prepared.base, config, watcher)
+    return Cohort(sites, prepared.bases, config, watcher)
 
 
 def evaluate(prepared: Prepared, adapter: Adapter, config: Config, where: str) -> Evaluation:

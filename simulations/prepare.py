@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lamina.client.data import Encoder, Example, examples_of
@@ -11,7 +11,7 @@ from lamina.client.loading import BaseOptions, check_length, load_base
 from lamina.client.model import Base
 from lamina.client.rows import check_columns, load_rows, text_columns
 from lamina.client.split import is_number
-from lamina.protos.config import Config, client_names
+from lamina.protos.config import Config, client_names, formats_of
 from lamina.protos.errors import ConfigError
 from lamina.simulations import corpora
 from lamina.simulations.partition import deal
@@ -22,7 +22,8 @@ class Prepared:
     """Base and data of a run, which several runs may share.
 
     Attributes:
-        base: The frozen base.
+        base: The frozen base in full precision, on which adapters are evaluated.
+        bases: Client id -> the base that it trains on: this one, or one in another number format.
         names: Client id -> silo name.
         train: Client id -> training examples.
         held_out: Client id -> held-out examples.
@@ -31,6 +32,7 @@ class Prepared:
     """
 
     base: Base
+    bases: Mapping[str, Base]
     names: Mapping[str, str]
     train: Mapping[str, Sequence[Example]]
     held_out: Mapping[str, Sequence[Example]]
@@ -63,17 +65,18 @@ def prepare(config: Config, say: Callable[[str], None] = lambda text: None) -> P
     labels = _labels(config, rows)
     silos = deal(rows, test_rows, config)
     say(f"loading {config.model.source}")
-    base = load_base(
-        BaseOptions(
-            source=config.model.source,
-            revision=config.model.revision,
-            task=task,
-            labels=labels,
-            target_modules=config.lora.target_modules,
-            seed=config.seed,
-            device=config.train.device,
-        )
+    options = BaseOptions(
+        source=config.model.source,
+        revision=config.model.revision,
+        task=task,
+        labels=labels,
+        target_modules=config.lora.target_modules,
+        seed=config.seed,
+        device=config.train.device,
+        bits=config.quantisation.bits,
     )
+    base = load_base(options)
+    bases = _bases(config, options, base, say)
     check_length(base, config.train.max_length)
     encoder = Encoder(base.tokenizer, data, task, labels, config.train.max_length)
     dealt = dict(zip(client_names(config), silos, strict=True))
@@ -86,12 +89,27 @@ def prepare(config: Config, say: Callable[[str], None] = lambda text: None) -> P
     }
     return Prepared(
         base=base,
+        bases=bases,
         names={client: silo.name for client, silo in dealt.items()},
         train=train,
         held_out=held_out,
         labels=labels,
         corpus=corpora.corpus_record(data.source, rows, columns),
     )
+
+
+def _bases(config: Config, options: BaseOptions, base: Base, say: Callable[[str], None]) -> dict[str, Base]:
+    """Each client's base; clients of one number format share one, and all share the schema of the full-precision one."""
+    by_format = {base.format: base}
+    found = {}
+    for client, number_format in zip(client_names(config), formats_of(config), strict=True):
+        if number_format not in by_format:
+            say(f"loading {config.model.source} in {number_format}")
+            wanted = replace(options, format=number_format, compute=config.quantisation.compute)
+            by_format[number_format] = load_base(wanted)
+            by_format[number_format].spec = base.spec
+        found[client] = by_format[number_format]
+    return found
 
 
 def _labels(config: Config, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""A low-rank part that makes good some of what quantisation loses of each matrix, W - Q(W), by its largest singular values (LoftQ,
-arXiv 2310.08659, one step; LQ-LoRA's form). It is fixed and the site's own: never trained, never sent, and no part of the adapter,
-which is defined against the full-precision base.
+"""A low-rank part that makes good some of what quantisation loses of each matrix, W - Q(W): its largest singular values (LoftQ,
+arXiv 2310.08659, one step; LQ-LoRA's form). It is fixed and the site's own: never trained, never sent, and no part of the
+adapter, which is defined against the full-precision base.
 """
 
 from __future__ import annotations

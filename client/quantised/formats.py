@@ -6,18 +6,20 @@ in which activations are, too. The adapter is float32 always.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lamina.client.hardware import Profile
+from lamina.client.quantised.odd_rows import NF4_BLOCK
+from lamina.protos.config import FORMATS
 from lamina.protos.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# int8 and nf4 (4 bits with double quantisation) are bitsandbytes'; int8wo and fp8wo are torchao's, weights only. torchao's formats
-# with dynamic activations are not offered: their gradients are wrong without an error.
-FORMATS = ("fp32", "bf16", "int8", "nf4", "mixed", "int8wo", "fp8wo")
+# int8 and nf4 (4 bits with double quantisation) are bitsandbytes'; int8wo and fp8wo are torchao's, weights only. torchao's
+# formats with dynamic activations are not offered: their gradients are wrong without an error.
 BITSANDBYTES = ("int8", "nf4", "mixed")
 TORCHAO = ("int8wo", "fp8wo")
 
@@ -59,11 +61,26 @@ def menu(profile: Profile) -> Menu:
         optimizers = ("adamw", "adamw8bit")
     elif profile.kind == "mps":
         choices = [("bf16", "bf16"), ("nf4", "bf16")]
-    elif {"avx512_bf16", "amx_bf16", "bf16"} & set(profile.features):
+    elif {"amx_bf16", "bf16"} & set(profile.features):
         choices = [("bf16", "bf16"), ("nf4", "bf16"), ("int8", "bf16")]
     else:
+        # AVX512_BF16 without AMX multiplies bf16 at a fraction of the speed of fp32.
         choices = [("fp32", "fp32"), ("nf4", "fp32"), ("int8", "fp32")]
     return Menu(tuple(one for one in choices if one[0] not in profile.failed), optimizers)
+
+
+def held(number_format: str, compute: str, shape: tuple[int, int]) -> str:
+    """The format in which a matrix is really held.
+
+    Args:
+        number_format: Of the linear layers.
+        compute: Of the activations.
+        shape: (d_out, d_in).
+
+    Returns:
+        The compute format where nf4 cannot be: the numbers are no whole number of its blocks.
+    """
+    return compute if number_format == "nf4" and shape[0] * shape[1] % NF4_BLOCK else number_format
 
 
 def default_compute(number_format: str, profile: Profile) -> str:
@@ -107,12 +124,13 @@ def check(number_format: str, compute: str, where: str = "quantisation.format") 
             ) from None
 
 
-def library_config(number_format: str, compute: str) -> Any:
+def library_config(number_format: str, compute: str, left_out: Sequence[str] = ()) -> Any:
     """What transformers is told so that it quantises on loading.
 
     Args:
         number_format: `int8`, `nf4`, `int8wo` or `fp8wo`.
         compute: Of the activations.
+        left_out: Modules that stay in the compute format.
 
     Returns:
         A quantisation config of transformers, None for a format that needs none.
@@ -125,9 +143,10 @@ def library_config(number_format: str, compute: str) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[compute],
+            llm_int8_skip_modules=list(left_out) or None,
         )
     if number_format == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(left_out) or None)
     if number_format == "int8wo":
         from torchao.quantization import Int8WeightOnlyConfig
 

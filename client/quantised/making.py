@@ -1,4 +1,4 @@
-"""`lamina quantise`: a copy of a base in fewer bits, with its manifest, made in a folder beside the target and moved there whole."""
+"""`lamina quantise`: a copy of a base in fewer bits, with its manifest; made beside the target and moved there whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from lamina.client.hashes import hash_chat_template, hash_config, hash_tokenizer
@@ -19,6 +18,7 @@ from lamina.client.loading import (
     linear_layers,
     load_model,
     load_tokenizer,
+    not_quantised,
     resolved,
     weights_hash,
 )
@@ -114,7 +114,8 @@ def _made(wanted: Wanted, source: str, part: Path, say: Callable[[str], None]) -
         _save_mixed(smaller, part)
     else:
         options = BaseOptions(wanted.source, wanted.revision, format=wanted.format, compute=wanted.compute)
-        smaller, _ = load_model(source, options, tokenizer, formats.DTYPES[wanted.compute])
+        left_out = not_quantised(exact, wanted.format, wanted.compute)
+        smaller, _ = load_model(source, options, tokenizer, formats.DTYPES[wanted.compute], left_out)
         smaller.save_pretrained(part)
     if wanted.compensation and wanted.format != "bf16":
         say(f"compensation of rank {wanted.compensation}")

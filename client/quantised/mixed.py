@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lamina.client.quantised.formats import DTYPES
+from lamina.client.quantised.formats import DTYPES, held
 from lamina.protos.errors import ConfigError
 
 CHOICES = ("nf4", "int8", "bf16")
@@ -55,9 +55,15 @@ def assignment(
         raise ConfigError(
             f"quantisation.bits={bits:g}: expected at least {LOWEST_BITS}, what nf4 takes with its constants."
         )
-    chosen = dict.fromkeys(shapes, CHOICES[0])
-    left = bits * sum(d_out * d_in for d_out, d_in in shapes.values())
-    left -= sum(bits_of(CHOICES[0], shape) for shape in shapes.values())
+    chosen = {module: next(name for name in CHOICES if name in errors[module]) for module in shapes}
+    numbers = sum(d_out * d_in for d_out, d_in in shapes.values())
+    least = sum(bits_of(chosen[module], shape) for module, shape in shapes.items())
+    left = bits * numbers - least
+    if left < 0:
+        raise ConfigError(
+            f"quantisation.bits={bits:g}: expected at least {least / numbers:.3g} for this model, some of whose matrices nf4 "
+            "cannot hold."
+        )
     while True:
         steps = [
             step for module in shapes for step in _upgrades(module, chosen[module], errors[module], shapes[module])
@@ -77,6 +83,7 @@ def _upgrades(
     return [
         (errors[now] - errors[other], bits_of(other, shape) - bits_of(now, shape), module, other)
         for other in CHOICES[CHOICES.index(now) + 1 :]
+        if other in errors
     ]
 
 
@@ -87,11 +94,13 @@ def errors_of(weight: torch.Tensor) -> dict[str, float]:
         weight: (d_out, d_in).
 
     Returns:
-        Format -> squared Frobenius norm of what the format loses.
+        Format -> squared Frobenius norm of what the format loses; formats that cannot hold it are left out.
     """
     exact = weight.detach().float()
     found = {}
     for name in CHOICES:
+        if held(name, "bf16", (weight.shape[0], weight.shape[1])) != name:
+            continue
         back = exact.bfloat16().float() if name == "bf16" else _round_trip(exact, name)
         found[name] = float((exact - back).double().square().sum())
     return found
@@ -148,7 +157,8 @@ def linear(layer: torch.nn.Linear, number_format: str, compute: str) -> torch.nn
         made.weight = kind(weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=made)
     if layer.bias is not None:
         made.bias = torch.nn.Parameter(layer.bias.detach().to(DTYPES[compute]), requires_grad=False)
-    return made.to(weight.device)
+    moved: torch.nn.Module = made.to(weight.device)
+    return moved
 
 
 def empty(d_in: int, d_out: int, bias: bool, number_format: str, compute: str) -> Any:
@@ -233,7 +243,7 @@ def fill(model: Any, tensors: Mapping[str, torch.Tensor], formats: Mapping[str, 
             scale = rest.pop(f"{module}.SCB")
             rest.pop(f"{module}.weight_format", None)
             layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=scale)
-    missing, unknown = model.load_state_dict(rest, strict=False, assign=True)
+    _, unknown = model.load_state_dict(rest, strict=False, assign=True)
     if unknown:
         raise KeyError(f"unknown tensors {unknown[:3]}")
     absent = [name for name, one in model.named_parameters() if one.is_meta and name not in _tied(model)]

@@ -84,7 +84,9 @@ def measure(trial: Trial) -> Measured | None:
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"probe: expected some steps within {_LIMIT_S:g} s. Try a shorter train.max_length.") from None
+        raise ConfigError(
+            f"probe: expected some steps within {_LIMIT_S:g} s. Try a shorter train.max_length."
+        ) from None
     lines = ended.stdout.strip().splitlines()
     if ended.returncode == 0 and lines:
         found = json.loads(lines[-1])
@@ -174,7 +176,7 @@ def _examples(vocab: int, trial: Trial) -> list[Any]:
 
     rng = np.random.default_rng(0)
     return [
-        Example(rng.integers(0, vocab, trial.length, np.int64), np.ones(trial.length, bool))
+        Example(rng.integers(0, vocab, trial.length, np.int32), np.ones(trial.length, bool))
         for _ in range(2 * trial.batch_size)
     ]
 

@@ -1,6 +1,6 @@
 """The configuration of every way to run: the tree of keys, and the checks on it."""
 
-from lamina.protos.config.checks import checked, client_names, per_client
+from lamina.protos.config.checks import FORMATS, checked, client_names, formats_of, per_client
 from lamina.protos.config.tree import (
     SHORTHANDS,
     AdapterConfig,
@@ -24,6 +24,7 @@ from lamina.protos.config.tree import (
 )
 
 __all__ = [
+    "FORMATS",
     "SHORTHANDS",
     "AdapterConfig",
     "AggregationConfig",
@@ -43,6 +44,7 @@ __all__ = [
     "WireConfig",
     "checked",
     "client_names",
+    "formats_of",
     "known_keys",
     "per_client",
     "value_of",

@@ -10,6 +10,7 @@ from typing import Any
 from lamina.protos.config.tree import Config, value_of
 from lamina.protos.errors import ConfigError, nearest
 
+FORMATS = ("fp32", "bf16", "nf4", "int8", "mixed", "int8wo", "fp8wo")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -26,7 +27,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "engine": ("sequential",),
     "adapter.kind": ("lora",),
     "lora.allocation": ("uniform",),
-    "quantisation.format": ("fp32",),
+    "quantisation.compute": ("auto", "fp32", "bf16", "fp16"),
     "privacy.mode": ("none",),
     "privacy.unit": ("record", "user"),
 }
@@ -46,6 +47,7 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "lora.rank": (1, 1_000_000, True),
     "wire.chunk_bytes": (1024, 16 * 1024**2, True),
     "wire.heartbeat_s": (0.05, 3600, True),
+    "quantisation.bits": (4.2, 32, True),
     "evaluate.deadline_s": (0, 1e9, False),
     "coordinator.linger_s": (0, 1e7, True),
     "coordinator.uploads": (1, 10_000, True),
@@ -180,6 +182,7 @@ def _check_together(config: Config) -> None:
                 f"clients.names: expected letters, digits and . _ - only, at most 64, as in a certificate, got {name!r}."
             )
     _check_quorum(config)
+    formats_of(config)
     if not isinstance(config.lora.rank_pattern, Mapping):
         raise ConfigError(
             f"lora.rank_pattern: expected a mapping of module suffix to rank, got {config.lora.rank_pattern!r}."
@@ -188,6 +191,31 @@ def _check_together(config: Config) -> None:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise ConfigError(f"lora.rank_pattern.{suffix}: expected an integer >= 0, got {rank!r}.")
     _holdout(config.data.holdout)
+
+
+def formats_of(config: Config) -> list[str]:
+    """The number format of each client's base, in the order of `clients.ranks`.
+
+    Args:
+        config: With `quantisation.format`, one value or a list.
+
+    Returns:
+        One of `FORMATS` a client.
+
+    Raises:
+        ConfigError: If one is unknown, or there are more or fewer than clients.
+    """
+    value, count = config.quantisation.format, config.clients.count
+    listed = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count
+    if len(listed) != count:
+        raise ConfigError(
+            f"quantisation.format: expected one entry for each of {count} clients or a single value, got {len(listed)}."
+        )
+    for one in listed:
+        if one not in FORMATS:
+            hint = nearest(str(one), FORMATS)
+            raise ConfigError(f"quantisation.format={one}: expected one of {', '.join(FORMATS)}.{hint}")
+    return listed
 
 
 def _check_quorum(config: Config) -> None:

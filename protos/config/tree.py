@@ -134,10 +134,11 @@ class AdapterConfig:
 
 @dataclass
 class QuantisationConfig:
-    """The base's number format at the clients."""
+    """The base's number format at the clients; at a site its own choice, which stays there."""
 
-    format: str = _doc("fp32", "fp32")
-    bits: float = _doc(32.0, "bit budget of mixed formats")
+    format: Any = _doc("fp32", "fp32, bf16, nf4, int8, mixed, int8wo or fp8wo; in a simulation also one entry a client")
+    compute: str = _doc("auto", "of activations and whatever is not quantised: auto (by device), fp32, bf16 or fp16")
+    bits: float = _doc(5.0, "bits a weight that format mixed may spend, at least 4.2")
 
 
 @dataclass

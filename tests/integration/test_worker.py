@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lamina.client.model import BaseOptions, load_base
+from lamina.client.loading import BaseOptions, load_base
 from lamina.client.policy import Policy
 from lamina.client.worker import SiteWorker
 from lamina.protos.errors import AdapterMismatch

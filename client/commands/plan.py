@@ -1,0 +1,178 @@
+"""`lamina plan`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lamina.client.hardware import Profile, num_bytes, profile, what_if
+from lamina.client.sizing.planner import Plan, Wanted, document, plan, size
+from lamina.protos.errors import ConfigError
+from lamina.protos.words import flag, parsed
+
+_HELP = """\
+usage: lamina plan [model=MODEL] [--what-if KIND:MEMORY] [key=value …] [--json]
+
+What this machine is, and how it would train a model: number format, rank, batch, length. The model's configuration is enough, its
+weights are not read. Nothing leaves the machine.
+
+  model=tiny            a base: tiny, a directory (config.json will do), or a hub id
+  rank=8                largest rank
+  batch_size=8          examples of an optimizer step; kept whatever the plan
+  max_length=128        tokens of an example
+  local_steps=20        optimizer steps of a round
+  deadline_s=           longest round, in seconds
+  memory=               the most that training may take, such as 300MB
+  formats=              number formats that are allowed, such as nf4,bf16
+  download_rank=0       rank of the frozen part that comes beside the adapter
+  device=auto           auto, cpu, cuda, mps, xpu
+  probe=false           measure speed and memory by some steps in a process of their own
+  --what-if KIND:MEMORY the plan of another machine: cuda:24GiB, cuda7.5:16GiB, cpu:4GiB,cores=8
+
+examples:
+  lamina plan
+  lamina plan model=./my-model rank=32 batch_size=16 max_length=1024
+  lamina plan model=./llama-70b --what-if cuda:80GiB --json"""
+
+_KNOWN = {
+    "model": "tiny", "rank": "8", "batch_size": "8", "max_length": "128", "local_steps": "20", "deadline_s": "",
+    "memory": "", "formats": "", "download_rank": "0", "device": "auto", "probe": "false",
+}  # fmt: skip
+
+
+def main(command: str, words: Sequence[str]) -> int:
+    """Run `lamina plan`.
+
+    Args:
+        command: `plan`.
+        words: What follows it.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        ConfigError: If a setting is unknown, the model has no configuration, or nothing fits.
+    """
+    if any(word in ("-h", "--help") for word in words):
+        print(_HELP)
+        return 0
+    rest, imagined = _imagined([word for word in words if word != "--json"])
+    plain, settings = parsed(rest, _KNOWN)
+    if plain:
+        raise ConfigError(f"lamina {command}: expected key=value, got {plain[0]!r}. See `lamina {command} --help`.")
+    from lamina.client.model import quiet
+    from lamina.client.shape import shape_of
+
+    quiet()
+    wanted = _wanted(settings)
+    machine = what_if(imagined) if imagined else profile(settings["device"])
+    if flag(settings, "probe"):
+        if imagined:
+            raise ConfigError("probe=true: expected this machine, got --what-if. Leave one of them out.")
+        machine = probed(machine, settings["model"], wanted)
+    shape = shape_of(settings["model"])
+    found = plan(machine, shape, wanted)
+    if "--json" in words:
+        print(
+            json.dumps({"profile": asdict(machine), "parameters": shape.parameters, "plan": document(found)}, indent=1)
+        )
+    else:
+        _show(machine, settings["model"], shape.parameters, found)
+    return 0
+
+
+def probed(machine: Profile, source: str, wanted: Wanted) -> Profile:
+    """A profile with what some steps of a model take.
+
+    Args:
+        machine: Without.
+        source: The model.
+        wanted: For rank and length.
+
+    Returns:
+        With speed and overhead of every number format that trains here.
+    """
+    from lamina.client.quantised.formats import menu
+    from lamina.client.shape import shape_of
+    from lamina.client.sizing.memory import RUNTIME_BYTES, Step, peak_bytes
+    from lamina.client.sizing.probe import Trial, measure, speed
+
+    shape = shape_of(source)
+    speeds, overheads, failed = dict(machine.speeds), dict(machine.overhead_bytes), list(machine.failed)
+    for number_format, compute in menu(machine).choices:
+        print(f"probing {number_format}", file=sys.stderr)
+        trial = Trial(
+            source, number_format, compute, min(8, wanted.rank), 1, min(256, wanted.max_length), device=machine.kind
+        )
+        found = [measure(replace(trial, batch_size=batch)) for batch in (1, 3)]
+        if found[0] is None or found[1] is None:
+            failed.append(number_format)
+            continue
+        ranks = {module: min(trial.rank, *sides) for module, sides in shape.linears.items()}
+        file_bytes = 4 * shape.parameters if number_format != "fp32" else 0
+        step = Step(number_format, compute, ranks, found[1].tokens, file_bytes=file_bytes)
+        speeds[number_format] = speed(found[0], found[1])
+        beyond = found[1].increment_bytes - peak_bytes(shape, step, 0)
+        overheads[number_format] = max(RUNTIME_BYTES // 2, beyond)
+    return replace(machine, speeds=speeds, overhead_bytes=overheads, failed=tuple(failed))
+
+
+def _imagined(words: Sequence[str]) -> tuple[list[str], str]:
+    """The words without `--what-if` and what followed it."""
+    rest = list(words)
+    for index, word in enumerate(rest):
+        if word.startswith("--what-if="):
+            return rest[:index] + rest[index + 1 :], word.partition("=")[2]
+        if word == "--what-if":
+            if index + 1 == len(rest):
+                raise ConfigError("--what-if: expected KIND:MEMORY after it, such as cuda:24GiB.")
+            return rest[:index] + rest[index + 2 :], rest[index + 1]
+    return rest, ""
+
+
+def _wanted(settings: dict[str, str]) -> Wanted:
+    def whole(key: str, least: int) -> int:
+        if not settings[key].isdigit() or int(settings[key]) < least:
+            raise ConfigError(f"{key}={settings[key]}: expected a whole number of at least {least}.")
+        return int(settings[key])
+
+    deadline = settings["deadline_s"]
+    try:
+        seconds = float(deadline) if deadline else None
+    except ValueError:
+        raise ConfigError(f"deadline_s={deadline}: expected seconds.") from None
+    return Wanted(
+        rank=whole("rank", 1),
+        batch_size=whole("batch_size", 1),
+        max_length=whole("max_length", 2),
+        local_steps=whole("local_steps", 1),
+        deadline_s=seconds,
+        formats=tuple(one for one in settings["formats"].split(",") if one),
+        memory_bytes=num_bytes(settings["memory"], "memory") if settings["memory"] else None,
+        download_rank=whole("download_rank", 0),
+    )
+
+
+def _show(machine: Profile, source: str, parameters: int, found: Plan) -> None:
+    console = Console()
+    capability = "" if machine.capability is None else f", capability {machine.capability[0]}.{machine.capability[1]}"
+    memory = f"{size(machine.free_bytes)} free of {size(machine.total_bytes)}"
+    print(f"device   {machine.kind}: {machine.name}{capability}; {memory}, {machine.cores} cores")
+    print(f"model    {source}: {parameters:,} parameters")
+    batch = f"{found.micro_batch} x {found.accumulation} examples of {found.max_length} tokens"
+    print(f"plan     {found.format} base, rank {found.rank} on {found.modules} layers, {batch}")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("memory")
+    table.add_column("", justify="right")
+    rows: list[tuple[str, Any]] = [(name, value) for name, value in found.terms.items() if value]
+    for name, value in [*rows, ("with a tenth to spare", found.peak_bytes), ("there is", found.budget_bytes)]:
+        table.add_row(name, size(value))
+    console.print(table)
+    for reason in found.reasons:
+        print(f"- {reason}")

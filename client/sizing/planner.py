@@ -1,0 +1,334 @@
+"""The largest useful training that a device can hold and finish in a round: a pure function, the same for the same input.
+
+A fixed grid of ways to train is gone through. What does not fit the memory or the time is dropped; of the rest the best by a
+fixed order is taken, in which what is learned comes before how: length of the examples, then the trained modules, then rank,
+then the number format, then whether activations are kept, then the micro-batch. Neither grid nor order looks at how much memory
+or time there is, so that more of either never makes a plan worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lamina.client.hardware import Profile
+from lamina.client.quantised.formats import held, menu
+from lamina.client.sizing.memory import RUNTIME_BYTES, Shape, Step, peak_bytes, terms
+from lamina.protos.errors import ConfigError
+
+# The model of memory is that good; and the share of what is free that may be used.
+SAFETY, SHARE = 1.10, 0.90
+# Of a round's time, the rest is for the network and the coordinator.
+TIME_SHARE = 0.8
+# Of an accelerator's driver and libraries, until a probe says what they take; not measured by us.
+_CONTEXT_BYTES = {"cuda": 700 * 10**6, "rocm": 700 * 10**6, "xpu": 700 * 10**6}
+_MODULES = (
+    ("all", ()),
+    ("attention", ("q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "query", "key", "value")),
+    ("query and value", ("q_proj", "v_proj", "query", "value")),
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the experiment asks, and what the site allows.
+
+    Attributes:
+        rank: Largest rank of a layer.
+        batch_size: Examples of an optimizer step, all forward passes together; kept whatever the plan.
+        max_length: Tokens of an example.
+        local_steps: Optimizer steps of a round.
+        targets: Linear layers that the run adapts; empty for all.
+        deadline_s: Of a round, or None.
+        formats: Number formats that the site allows, or none for all.
+        memory_bytes: The most that the site lets training take, or None.
+        download_rank: Rank of the frozen part that may come beside the trainable one.
+        compensation: Rank of the base's compensation factors.
+        dense: Parameters that are trained whole.
+    """
+
+    rank: int = 8
+    batch_size: int = 8
+    max_length: int = 128
+    local_steps: int = 20
+    targets: tuple[str, ...] = ()
+    deadline_s: float | None = None
+    formats: tuple[str, ...] = ()
+    memory_bytes: int | None = None
+    download_rank: int = 0
+    compensation: int = 0
+    dense: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train.
+
+    Attributes:
+        format: Number format of the linear layers.
+        compute: Of activations.
+        rank: Of every trained layer.
+        modules: Which layers, by a name.
+        ranks: Module -> rank, clamped to its sides.
+        micro_batch: Examples in a forward pass.
+        accumulation: Forward passes in an optimizer step.
+        max_length: Tokens of an example.
+        checkpointing: Whether activations are computed again.
+        optimizer: Its name.
+        terms: Bytes by what they are for.
+        peak_bytes: Their sum, or that of loading.
+        budget_bytes: What the device gives.
+        seconds: Of a round, or None where no speed was measured.
+        reasons: A sentence for each choice.
+    """
+
+    format: str
+    compute: str
+    rank: int
+    modules: str
+    ranks: Mapping[str, int]
+    micro_batch: int
+    accumulation: int
+    max_length: int
+    checkpointing: bool
+    optimizer: str
+    terms: Mapping[str, int]
+    peak_bytes: int
+    budget_bytes: int
+    seconds: float | None = None
+    reasons: tuple[str, ...] = field(default=())
+
+
+class NothingFits(ConfigError):
+    """No way to train fits a device.
+
+    Args:
+        message: What is short, and the smallest that would do.
+        smallest: The plan of the smallest peak.
+    """
+
+    def __init__(self, message: str, smallest: Plan) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
+def budget_of(profile: Profile, wanted: Wanted) -> int:
+    """Bytes that training may take.
+
+    Args:
+        profile: The device.
+        wanted: With the site's own bound.
+
+    Returns:
+        A share of what is free, or the site's bound where that is less.
+    """
+    free = int(profile.free_bytes * SHARE)
+    return free if wanted.memory_bytes is None else min(free, wanted.memory_bytes)
+
+
+def plan(profile: Profile, shape: Shape, wanted: Wanted) -> Plan:
+    """The best training that a device can hold and finish.
+
+    Args:
+        profile: The device.
+        shape: The model.
+        wanted: What is asked and allowed.
+
+    Returns:
+        The plan, with the reason for each choice.
+
+    Raises:
+        NothingFits: If none does; it names the smallest that there is.
+        ConfigError: If the device can train with none of the number formats that are allowed.
+    """
+    choices = [one for one in menu(profile).choices if not wanted.formats or one[0] in wanted.formats]
+    if not choices:
+        able = ", ".join(one[0] for one in menu(profile).choices) or "none that passed its self-test"
+        raise ConfigError(
+            f"plan: expected a number format that trains on {profile.kind}, which are {able}, got "
+            f"{', '.join(wanted.formats) or 'none'}. Allow one of these."
+        )
+    smallest: Plan | None = None
+    slow: Plan | None = None
+    for one in _grid(profile, shape, wanted, choices):
+        if smallest is None or one.peak_bytes < smallest.peak_bytes:
+            smallest = one
+        if one.peak_bytes > one.budget_bytes:
+            continue
+        if _in_time(one, wanted):
+            return replace(one, reasons=tuple(_reasons(one, profile, wanted)))
+        slow = slow or one
+    assert smallest is not None
+    raise NothingFits(_why_not(smallest, slow, wanted), smallest)
+
+
+def _grid(profile: Profile, shape: Shape, wanted: Wanted, choices: list[tuple[str, str]]) -> Iterator[Plan]:
+    """Every way to train, the best first."""
+    optimizers = menu(profile).optimizers
+    for length in _halves(wanted.max_length, min(32, wanted.max_length)):
+        for name, suffixes in _MODULES:
+            targets = _targets(shape, wanted, suffixes)
+            if not targets:
+                continue
+            for rank in _halves(wanted.rank, 1):
+                ranks = {module: min(rank, *shape.linears[module]) for module in targets}
+                for number_format, compute in choices:
+                    for checkpointing in (False, True):
+                        for optimizer in optimizers:
+                            for micro in _divisors(wanted.batch_size):
+                                yield _point(
+                                    profile, shape, wanted, name, rank, ranks, number_format, compute, checkpointing, optimizer,
+                                    micro, length,
+                                )  # fmt: skip
+
+
+def _point(
+    profile: Profile, shape: Shape, wanted: Wanted, name: str, rank: int, ranks: Mapping[str, int], number_format: str,
+    compute: str, checkpointing: bool, optimizer: str, micro: int, length: int,
+) -> Plan:  # fmt: skip
+    step = Step(
+        default=number_format,
+        compute=compute,
+        formats={
+            m: compute for m, sides in shape.linears.items() if held(number_format, compute, sides) != number_format
+        },
+        ranks=ranks,
+        tokens=micro * length,
+        checkpointing=checkpointing,
+        optimizer=optimizer,
+        frozen={m: min(wanted.download_rank, *shape.linears[m]) for m in ranks} if wanted.download_rank else {},
+        compensation=dict.fromkeys(shape.linears, wanted.compensation)
+        if number_format in ("nf4", "int8", "mixed")
+        else {},
+        dense=wanted.dense,
+    )
+    overhead = profile.overhead_bytes.get(number_format, _CONTEXT_BYTES.get(profile.kind, RUNTIME_BYTES))
+    speed = profile.speeds.get(number_format)
+    passes = wanted.batch_size // micro
+    seconds = None
+    if speed is not None:
+        again = 1.35 if checkpointing else 1.0
+        seconds = wanted.local_steps * passes * (speed.fixed_s + again * speed.token_s * micro * length)
+    return Plan(
+        format=number_format,
+        compute=compute,
+        rank=rank,
+        modules=name,
+        ranks=ranks,
+        micro_batch=micro,
+        accumulation=passes,
+        max_length=length,
+        checkpointing=checkpointing,
+        optimizer=optimizer,
+        terms=terms(shape, step, overhead),
+        peak_bytes=int(SAFETY * peak_bytes(shape, step, overhead)),
+        budget_bytes=budget_of(profile, wanted),
+        seconds=seconds,
+    )
+
+
+def _halves(largest: int, least: int) -> list[int]:
+    """The largest, and half of it as long as that is at least the least."""
+    found = [largest]
+    while found[-1] // 2 >= least:
+        found.append(found[-1] // 2)
+    return found
+
+
+def _divisors(batch_size: int) -> list[int]:
+    """Micro-batches that keep the batch, the largest first."""
+    return [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
+
+
+def _targets(shape: Shape, wanted: Wanted, suffixes: tuple[str, ...]) -> list[str]:
+    asked = [m for m in shape.linears if not wanted.targets or m in wanted.targets]
+    return [m for m in asked if not suffixes or m.rpartition(".")[2] in suffixes]
+
+
+def _in_time(one: Plan, wanted: Wanted) -> bool:
+    return one.seconds is None or wanted.deadline_s is None or one.seconds <= TIME_SHARE * wanted.deadline_s
+
+
+def _reasons(one: Plan, profile: Profile, wanted: Wanted) -> Iterator[str]:
+    room = f"{size(one.peak_bytes)} of {size(one.budget_bytes)}"
+    yield f"{one.format} base, {one.compute} activations: what {profile.kind} trains with, and it fits: {room}."
+    if one.max_length < wanted.max_length:
+        yield f"examples of {one.max_length} tokens, not {wanted.max_length}: longer ones do not fit with any rank or format."
+    if one.modules != "all":
+        yield f"only the {one.modules} layers: all of them do not fit at this length."
+    more = f"rank {one.rank}: twice of it does not fit or finish."
+    yield f"rank {one.rank}, as was asked." if one.rank == wanted.rank else more
+    if one.checkpointing:
+        yield "activations are computed again in the backward pass: kept, they do not fit."
+    yield (
+        f"{one.micro_batch} examples at a time, {one.accumulation} times: a batch of {wanted.batch_size}, as the experiment asks."
+    )
+    if one.optimizer != "adamw":
+        yield f"{one.optimizer}: AdamW's moments do not fit."
+    yield (
+        "time: no speed was measured; `lamina plan probe=true` does."
+        if one.seconds is None
+        else (
+            f"time: about {one.seconds:.0f} s of a round"
+            + (f" of {wanted.deadline_s:g} s." if wanted.deadline_s else ".")
+        )
+    )
+
+
+def _why_not(smallest: Plan, slow: Plan | None, wanted: Wanted) -> str:
+    if slow is not None and slow.seconds is not None:
+        return (
+            f"plan: expected a round within {wanted.deadline_s:g} s, the best that fits takes {slow.seconds:.0f} s. Ask the "
+            "coordinator for fewer train.local_steps or a longer clients.deadline_s."
+        )
+    return (
+        f"plan: expected room for {size(smallest.peak_bytes)}, there is {size(smallest.budget_bytes)}. The smallest that there "
+        f"is: {smallest.format} base, rank {smallest.rank} on the {smallest.modules} layers, {smallest.max_length} tokens. "
+        "Take a smaller model, or free memory."
+    )
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for a person.
+
+    Args:
+        num_bytes: How many.
+
+    Returns:
+        Such as `1.4 GB`.
+    """
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def document(one: Plan) -> dict[str, Any]:
+    """A plan for a program.
+
+    Args:
+        one: The plan.
+
+    Returns:
+        What `lamina plan --json` prints; ranks by module and terms by name.
+    """
+    return {
+        "format": one.format,
+        "compute": one.compute,
+        "rank": one.rank,
+        "modules": one.modules,
+        "ranks": dict(one.ranks),
+        "micro_batch": one.micro_batch,
+        "accumulation": one.accumulation,
+        "max_length": one.max_length,
+        "checkpointing": one.checkpointing,
+        "optimizer": one.optimizer,
+        "terms": dict(one.terms),
+        "peak_bytes": one.peak_bytes,
+        "budget_bytes": one.budget_bytes,
+        "seconds": one.seconds,
+        "reasons": list(one.reasons),
+    }
