@@ -61,10 +61,10 @@ def main(command: str, words: Sequence[str]) -> int:
         )
     require_tls13()  # before gRPC is imported
     from lamina.protos import logs
+    from lamina.protos.allocator import give_back
     from lamina.server.coordinator import serve
-    from lamina.server.memory import give_back
 
-    give_back()
+    give_back(arenas=4)
 
     log = logs.plain_log() if sys.stderr.isatty() and not as_json else logs.json_log(SYSTEM.now)
     return serve(config, Path(config.output), log)
