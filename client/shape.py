@@ -45,6 +45,11 @@ def shape_of(source: str, revision: str = "") -> Shape:
     return _shape(model, config.get_text_config())
 
 
+def _tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is None or head.weight is model.get_input_embeddings().weight
+
+
 def _shape(model: Any, config: Any) -> Shape:
     head = head_name(model)
     linears: dict[str, tuple[int, int]] = {}
@@ -68,5 +73,6 @@ def _shape(model: Any, config: Any) -> Shape:
         attention=heads * head_dim,
         key_value=key_value,
         vocab=config.vocab_size,
+        embedding=0 if _tied(model) else config.vocab_size * hidden,
         gated=any("gate" in name.rpartition(".")[2] for name in linears),
     )

@@ -23,6 +23,8 @@ LOGIT_BYTES = 12
 LOSS_CHUNK_BYTES = 32 * 2**20
 # Of libraries and buffers that grow with no size of the model's.
 RUNTIME_BYTES = 44 * 10**6
+# Linux maps so much of a file around what is touched.
+WINDOW_BYTES = 64 * 1024
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "nf4": 0.5 + (1 + 4 / 256) / 64}
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2}
@@ -42,6 +44,7 @@ class Shape:
         key_value: Numbers that a token's key and value have, each.
         vocab: Size of the vocabulary; of the labels for a classifier.
         gated: Whether the feed-forward part has a gate.
+        embedding: Numbers of the input embeddings where nothing else reads them, 0 where they are tied to the output head.
     """
 
     linears: Mapping[str, tuple[int, int]]
@@ -53,6 +56,7 @@ class Shape:
     key_value: int
     vocab: int
     gated: bool = True
+    embedding: int = 0
 
     @property
     def parameters(self) -> int:
@@ -76,6 +80,8 @@ class Step:
         compensation: Linear layer -> rank of its compensation.
         dense: Parameters that are trained whole.
         file_bytes: Of weights that are read and not kept as they are: another format than the file's.
+        seen_tokens: Tokens that are looked up in input embeddings that stay in the mapped file, or None for enough of all kinds
+            that the whole table is resident.
     """
 
     default: str
@@ -89,6 +95,7 @@ class Step:
     compensation: Mapping[str, int] = field(default_factory=dict)
     dense: int = 0
     file_bytes: int = 0
+    seen_tokens: int | None = None
 
 
 def loss_chunk_tokens(vocab: int) -> int:
@@ -153,11 +160,19 @@ def peak_bytes(shape: Shape, step: Step, overhead_bytes: int = RUNTIME_BYTES) ->
 
 
 def _weights(shape: Shape, step: Step, a: int) -> float:
-    total = float(shape.others * a)
+    total = float(shape.others * a) - _untouched(shape, step, a)
     for module, (d_out, d_in) in shape.linears.items():
         number_format = step.formats.get(module, step.default)
         total += d_out * d_in * WEIGHT_BYTES[number_format] + (4 * d_out if number_format == "int8" else 0)
     return total
+
+
+def _untouched(shape: Shape, step: Step, a: int) -> float:
+    """Bytes of mapped input embeddings that no token has touched; the system maps a window around each that one has."""
+    if step.seen_tokens is None or not shape.embedding:
+        return 0.0
+    table = shape.embedding * a
+    return table * math.exp(-step.seen_tokens * WINDOW_BYTES / table)
 
 
 def _saved(shape: Shape, trained: Mapping[str, int], a: int, wide: bool) -> float:
@@ -181,5 +196,9 @@ def _saved(shape: Shape, trained: Mapping[str, int], a: int, wide: bool) -> floa
 
 def _dequantised(shape: Shape, step: Step, module: str, a: int) -> int:
     d_out, d_in = shape.linears[module]
-    copies = {"nf4": 1, "int8": 2}.get(step.formats.get(module, step.default), 0)
-    return copies * d_out * d_in * a
+    number_format = step.formats.get(module, step.default)
+    copies = {"nf4": 1, "int8": 2}.get(number_format, 0) * d_out * d_in * a
+    if number_format == "int8" and step.checkpointing:
+        # Those of the layer that is computed again are kept for its gradient.
+        copies += a * sum(rows * columns for rows, columns in shape.linears.values()) // max(1, shape.layers)
+    return copies
