@@ -152,7 +152,8 @@ def test_a_site_that_measures_too_slowly_is_waited_for_once(tmp_path: Path) -> N
             time.sleep(3.0)  # 150 s of the coordinator's clock
             return super().measure(instruction)
 
-    with Scene(tmp_path, ["evaluate.deadline_s=100", "clients.deadline_s=100000"], clock=Clock(rate=50.0)) as scene:
+    given = ["evaluate.deadline_s=100", "clients.deadline_s=100000", "wire.heartbeat_s=60"]
+    with Scene(tmp_path, given, clock=Clock(rate=50.0)) as scene:
         running = scene.thread()
         scene.site("north"), scene.site("south"), scene.site("west", Slow("west"))
         assert running.join(120) == 0
