@@ -141,15 +141,14 @@ def load_base(options: BaseOptions) -> Base:
     known = dict(copy.base) if copy else {}
     left_out: Sequence[str] = ()
     if not copy and options.format != "fp32":
-        # The hashes are those of the full-precision base, which is dropped before the smaller one is made.
-        exact, missing = load_model(source, replace(options, format="fp32"), tokenizer, "auto")
-        left_out = not_quantised(exact, options.format, options.compute)
-        known = {"weights": weights_hash(exact, missing), "config": hash_config(exact.config)}
-        del exact
+        # The hashes are those of the full-precision base, which is dropped before the smaller one is made, or becomes it.
+        model, missing = load_model(source, replace(options, format="fp32"), tokenizer, "auto")
+        left_out = not_quantised(model, options.format, options.compute)
+        known = {"weights": weights_hash(model, missing), "config": hash_config(model.config)}
     if options.format == "mixed" and copy is None:
-        model, missing = load_model(source, options, tokenizer, "auto")
         mixed.quantise(model, mixed.chosen(model, linear_layers(model), options.bits), options.compute)
     else:
+        model = None
         model, missing = load_model(source, options, tokenizer, compute, left_out)
     new = tuple(sorted(missing))
     if new and options.task == "causal-lm":
@@ -277,7 +276,7 @@ def load_model(
         "trust_remote_code": False,
         "output_loading_info": True,
     }
-    quantisation = formats.library_config(options.format, options.compute, left_out)
+    quantisation = formats.transformers_config(options.format, options.compute, left_out)
     if quantisation is not None and copy is None:
         arguments["quantization_config"] = quantisation
     auto = transformers.AutoModelForCausalLM

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 from lamina.protos.clock import Clock
 from lamina.server.campaign import Campaign
 from lamina.server.port.mailbox import Mailbox
 from lamina.server.port.roster import Roster
-from lamina.server.releases import released
+from lamina.server.releases import holding, released
 from lamina.server.store.base import Evaluation
 from lamina.server.store.database import set_fact
 from lamina.server.store.deployment import DeploymentStore
@@ -65,12 +65,8 @@ class Measuring:
         patience = _MISSED_HEARTBEATS * self.heartbeat_s
         self._await_return(patience)
         busy = self.store.stragglers(state.round)
-        still = self.store.held(held)
-        budgets = {
-            client: replace(budget, held_version=still.get(client, -1))
-            for client, budget in self.roster.heard(patience).items()
-            if client not in busy
-        }
+        there = {client: budget for client, budget in self.roster.heard(patience).items() if client not in busy}
+        budgets = holding(there, self.store.held(held))
         sent = released(self.campaign, self.store.keep, state, budgets, "evaluate")
         carried = [one.instruction for one in busy.values()] if self.campaign.carry_rounds else []
         self.mailbox.offer([one.instruction for one in sent.values()], carried)

@@ -35,6 +35,19 @@ class Sent:
     decoded: Release
 
 
+def holding(budgets: Mapping[str, Budget], held: Mapping[str, int]) -> dict[str, Budget]:
+    """Budgets with the version that each client holds already.
+
+    Args:
+        budgets: Client id -> what it can hold.
+        held: Client id -> version; absent for none.
+
+    Returns:
+        Client id -> budget.
+    """
+    return {client: replace(budget, held_version=held.get(client, -1)) for client, budget in budgets.items()}
+
+
 def released(
     campaign: Campaign, keep: Keep, state: ServerState, budgets: Mapping[str, Budget], kind: Kind = "train"
 ) -> dict[str, Sent]:

@@ -22,7 +22,7 @@ from lamina.protos.messages import Budget, Rejection, Reply, Update
 from lamina.server import admission, selection
 from lamina.server.campaign import Campaign
 from lamina.server.channel import Channel
-from lamina.server.releases import Sent, release_errors, released
+from lamina.server.releases import Sent, holding, release_errors, released
 from lamina.server.store.base import Collected, Completed, Evaluation, Opened, Store, evaluation_record
 from lamina.strategies.base import ServerState, client_weights
 
@@ -197,8 +197,7 @@ def _open(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Opened:
     pool = {c: b for c, b in (loop.present or campaign.present)(number).items() if c not in carried}
     asked = selection.cohort(campaign.seed, number, pool, campaign.fraction * (1 + campaign.over_selection))
     fewer = selection.size(len(pool), campaign.fraction)
-    still = loop.store.held(held)
-    budgets = {client: replace(pool[client], held_version=still.get(client, -1)) for client in asked}
+    budgets = holding({client: pool[client] for client in asked}, loop.store.held(held))
     sent = released(campaign, loop.store.keep, state, budgets)
     return Opened(number, dict(sorted({**carried, **sent}.items())), fewer + len(carried))
 
@@ -207,8 +206,7 @@ def _opened_again(loop: Loop, state: ServerState, held: Mapping[str, int], befor
     """A round that missed its quorum: who failed is asked again, and whoever has come since is asked too."""
     campaign, number = loop.campaign, before.round
     pool = (loop.present or campaign.present)(number)
-    still = loop.store.held(held)
-    budgets = {c: replace(b, held_version=still.get(c, -1)) for c, b in pool.items() if c not in before.sent}
+    budgets = holding({c: b for c, b in pool.items() if c not in before.sent}, loop.store.held(held))
     sent = {**before.sent, **released(campaign, loop.store.keep, state, budgets)}
     return Opened(number, dict(sorted(sent.items())), max(before.wanted, campaign.quorum))
 

@@ -124,7 +124,7 @@ def check(number_format: str, compute: str, where: str = "quantisation.format") 
             ) from None
 
 
-def library_config(number_format: str, compute: str, left_out: Sequence[str] = ()) -> Any:
+def transformers_config(number_format: str, compute: str, left_out: Sequence[str] = ()) -> Any:
     """What transformers is told so that it quantises on loading.
 
     Args:
