@@ -72,7 +72,7 @@ class BaseOptions:
         target_modules: Suffixes, or `all-linear`.
         seed: Of newly initialised parameters.
         device: `auto` or a torch device.
-        format: Number format of the linear layers, of `formats.FORMATS`.
+        format: Number format of the linear layers, of `formats.FORMATS`; `auto` is that of a copy, fp32 of another base.
         compute: Of activations and of what is not quantised: `auto`, `fp32`, `bf16` or `fp16`.
         checkpointing: Whether activations are computed again in the backward pass.
         bits: Budget of the format `mixed`, a weight.
@@ -85,7 +85,7 @@ class BaseOptions:
     target_modules: str | Sequence[str] = "all-linear"
     seed: int = 0
     device: str = "auto"
-    format: str = "fp32"
+    format: str = "auto"
     compute: str = "auto"
     checkpointing: bool = False
     bits: float = 5.0
@@ -180,12 +180,14 @@ def _with_format(options: BaseOptions, copy: copies.Manifest | None, device: tor
     """The options with the copy's format where it is one, and with the compute format decided."""
     number_format = options.format
     if copy is not None:
-        if number_format not in ("fp32", copy.format):  # fp32 is the default: whoever names a copy wants its format
+        if number_format not in ("auto", copy.format):
             raise ConfigError(
                 f"quantisation.format={number_format}: expected {copy.format}, the format of the copy "
                 f"model.source={options.source}. Name the full-precision base, or another copy."
             )
         number_format = copy.format
+    elif number_format == "auto":
+        number_format = "fp32"
     compute = options.compute
     if compute == "auto":
         compute = copy.compute if copy else formats.default_compute(number_format, profile(device.type))

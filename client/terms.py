@@ -13,7 +13,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from lamina.protos.config import Config
+from lamina.protos.config import SITE_KEYS, Config
 from lamina.protos.errors import nearest, shown
 
 PROTOCOL = 1
@@ -37,8 +37,6 @@ DICTATED = (
     "data.template",
     "data.labels",
 )
-# Below what may be set, and still the site's own; null, which sets nothing, is let pass.
-SITE_KEYS = ("train.device", "lora.rank", "privacy.nominal_examples")
 
 NAME = re.compile(r"(?!\.{1,2}\Z)[^/\\\x00-\x1f\x7f]{1,128}")
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -96,7 +94,7 @@ def _undictated(task: Mapping[Any, Any]) -> Iterator[str]:
 
 def _dictated(key: str, value: Any) -> bool:
     if key in SITE_KEYS:
-        return value is None
+        return value is None  # which sets nothing
     return any(key == one or (one[-1] == "." and key.startswith(one)) for one in DICTATED)
 
 

@@ -12,6 +12,7 @@ from lamina.protos.config import Config, client_names, known_keys, per_client, v
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import sha256
 from lamina.protos.messages import Budget
+from lamina.protos.ranks import SPREAD, check, ends_so, uniform
 from lamina.protos.spec import AdapterSpec
 from lamina.strategies import Options, Strategy, build
 
@@ -68,49 +69,54 @@ FREE_KEYS = (
 FREE_SECTIONS = ("coordinator.", "client.")
 
 
-def budgets(config: Config, spec: AdapterSpec) -> dict[str, Budget]:
+def budgets(
+    config: Config, spec: AdapterSpec, chosen: Mapping[str, Mapping[str, int]] | None = None
+) -> dict[str, Budget]:
     """What each client can hold: its rank clamped per module, its scale, its download rank.
 
     Args:
         config: Ranks, lora_alpha, rank pattern.
         spec: Module shapes.
+        chosen: Client id -> ranks by module, of clients that have chosen them.
 
     Returns:
         Client id -> budget.
 
     Raises:
-        ConfigError: If a rank pattern names no module, or leaves nothing to train.
+        ConfigError: If a rank pattern names no module, or leaves nothing to train, or a client chose too much.
     """
     for suffix in config.lora.rank_pattern:
-        if not any(_suffix(module, suffix) for module in spec.modules):
+        if not any(ends_so(module, suffix) for module in spec.modules):
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in spec.modules}))
             raise ConfigError(f"lora.rank_pattern.{suffix}: no adapted module ends so. Adapted: {known}.")
     ranks = per_client(config.clients.ranks, config.clients.count, "clients.ranks")
-    return {name: budget(config, spec, rank) for name, rank in zip(client_names(config), ranks, strict=True)}
+    return {
+        name: budget(config, spec, rank, (chosen or {}).get(name))
+        for name, rank in zip(client_names(config), ranks, strict=True)
+    }
 
 
-def budget(config: Config, spec: AdapterSpec, rank: int) -> Budget:
+def budget(config: Config, spec: AdapterSpec, rank: int, chosen: Mapping[str, int] | None = None) -> Budget:
     """What a client of one rank can hold.
 
     Args:
         config: lora_alpha, rank pattern, download rank.
         spec: Module shapes.
         rank: The client's nominal rank.
+        chosen: Ranks by module that the client asks for instead, or None.
 
     Returns:
         The budget.
 
     Raises:
-        ConfigError: If the rank pattern leaves nothing to train.
+        ConfigError: If the rank pattern leaves nothing to train, or the client asks for more than its rank gives.
     """
     ranks = per_client(config.clients.ranks, config.clients.count, "clients.ranks")
     largest = config.clients.download_rank or _cohort_rank(config, ranks)
-    train = {}
-    for module in spec.modules:
-        caps = (cap for suffix, cap in config.lora.rank_pattern.items() if _suffix(module, suffix))
-        capped = min([rank, *caps])
-        if capped > 0:
-            train[module] = spec.clamped(capped, module)
+    train = uniform(spec, rank, config.lora.rank_pattern)
+    if chosen is not None:
+        check(spec, chosen, rank, config.lora.rank_pattern, config.lora.allocation)
+        train = {module: chosen[module] for module in spec.modules if chosen.get(module)}
     if not train and not spec.dense:
         raise ConfigError("lora.rank_pattern: expected some module to train, every one has rank 0.")
     return Budget(
@@ -118,10 +124,6 @@ def budget(config: Config, spec: AdapterSpec, rank: int) -> Budget:
         download={module: spec.clamped(max(largest, train.get(module, 0)), module) for module in spec.modules},
         scale={module: scale(config, rank, train[module]) for module in train},
     )
-
-
-def _suffix(module: str, suffix: str) -> bool:
-    return module == suffix or module.endswith("." + suffix)
 
 
 def _cohort_rank(config: Config, ranks: Sequence[int]) -> int:
@@ -163,10 +165,11 @@ def campaign(config: Config, spec: AdapterSpec, found: Mapping[str, Budget], run
         m: next((b.scale[m] for b in found.values() if b.train.get(m, 0) == rank[m] and rank[m]), 2.0) for m in rank
     }
     ranks = per_client(config.clients.ranks, config.clients.count, "clients.ranks")
+    spread = SPREAD if config.lora.allocation == "importance" else 1
     options = Options(
         rank=rank,
         scale=scales,
-        rank_cap=config.aggregation.rank_cap or 2 * max(ranks),
+        rank_cap=config.aggregation.rank_cap or 2 * max(ranks) * spread,
         weighting=config.aggregation.weights,  # type: ignore[arg-type]
         learning_rate=config.aggregation.learning_rate,
         seed=config.seed,

@@ -103,6 +103,7 @@ def _bases(config: Config, options: BaseOptions, base: Base, say: Callable[[str]
     by_format = {base.format: base}
     found = {}
     for client, number_format in zip(client_names(config), formats_of(config), strict=True):
+        number_format = base.format if number_format == "auto" else number_format
         if number_format not in by_format:
             say(f"loading {config.model.source} in {number_format}")
             wanted = replace(options, format=number_format, compute=config.quantisation.compute)

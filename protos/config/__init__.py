@@ -1,8 +1,9 @@
 """The configuration of every way to run: the tree of keys, and the checks on it."""
 
-from lamina.protos.config.checks import FORMATS, checked, client_names, formats_of, per_client
+from lamina.protos.config.checks import FORMATS, OPTIMIZERS, checked, client_names, formats_of, per_client
 from lamina.protos.config.tree import (
     SHORTHANDS,
+    SITE_KEYS,
     AdapterConfig,
     AggregationConfig,
     ClientConfig,
@@ -25,7 +26,9 @@ from lamina.protos.config.tree import (
 
 __all__ = [
     "FORMATS",
+    "OPTIMIZERS",
     "SHORTHANDS",
+    "SITE_KEYS",
     "AdapterConfig",
     "AggregationConfig",
     "ClientConfig",

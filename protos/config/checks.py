@@ -11,6 +11,8 @@ from lamina.protos.config.tree import Config, value_of
 from lamina.protos.errors import ConfigError, nearest
 
 FORMATS = ("fp32", "bf16", "nf4", "int8", "mixed", "int8wo", "fp8wo")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+_EXACT = ("recompress", "residual", "stack")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -26,7 +28,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.loss_on": ("auto", "response", "all"),
     "engine": ("sequential",),
     "adapter.kind": ("lora",),
-    "lora.allocation": ("uniform",),
+    "lora.allocation": ("uniform", "importance"),
+    "train.optimizer": ("auto", *OPTIMIZERS),
     "quantisation.compute": ("auto", "fp32", "bf16", "fp16"),
     "privacy.mode": ("none",),
     "privacy.unit": ("record", "user"),
@@ -60,6 +63,7 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "train.local_steps": (1, 1_000_000_000, True),
     "train.batch_size": (1, 1_000_000, True),
     "train.accumulation": (1, 1_000_000, True),
+    "train.micro_batch": (1, 1_000_000, True),
     "train.max_length": (2, 10_000_000, True),
     "train.learning_rate": (0, math.inf, True),
     "train.warmup_steps": (0, math.inf, True),
@@ -152,6 +156,13 @@ def _check_together(config: Config) -> None:
             f"strategy=fedavg averages factors and needs one rank, got clients.ranks={ranks}. "
             "Set clients.ranks to one value, or strategy=recompress, which is exact for unequal ranks."
         )
+    _check_allocation(config)
+    micro = config.train.micro_batch
+    if micro is not None and config.train.batch_size % micro:
+        raise ConfigError(
+            f"train.micro_batch={micro}: expected a divisor of train.batch_size={config.train.batch_size}, so that the batch stays "
+            "what the experiment asks. Set one, or leave it out."
+        )
     if config.train.keep_optimizer and config.strategy.name not in ("fedavg", "zeropad"):
         raise ConfigError(
             f"train.keep_optimizer=true: {config.strategy.name} factorises anew each round, so the kept moments would "
@@ -193,6 +204,16 @@ def _check_together(config: Config) -> None:
     _holdout(config.data.holdout)
 
 
+def _check_allocation(config: Config) -> None:
+    if config.lora.allocation != "importance":
+        return
+    if config.strategy.name not in _EXACT:
+        raise ConfigError(
+            f"lora.allocation=importance: expected a strategy that is exact for unequal ranks, {', '.join(_EXACT)}, got "
+            f"strategy={config.strategy.name}. Set one of them, or lora.allocation=uniform."
+        )
+
+
 def formats_of(config: Config) -> list[str]:
     """The number format of each client's base, in the order of `clients.ranks`.
 
@@ -200,7 +221,7 @@ def formats_of(config: Config) -> list[str]:
         config: With `quantisation.format`, one value or a list.
 
     Returns:
-        One of `FORMATS` a client.
+        `auto`, or one of `FORMATS`, a client.
 
     Raises:
         ConfigError: If one is unknown, or there are more or fewer than clients.
@@ -212,9 +233,9 @@ def formats_of(config: Config) -> list[str]:
             f"quantisation.format: expected one entry for each of {count} clients or a single value, got {len(listed)}."
         )
     for one in listed:
-        if one not in FORMATS:
+        if one not in ("auto", *FORMATS):
             hint = nearest(str(one), FORMATS)
-            raise ConfigError(f"quantisation.format={one}: expected one of {', '.join(FORMATS)}.{hint}")
+            raise ConfigError(f"quantisation.format={one}: expected one of auto, {', '.join(FORMATS)}.{hint}")
     return listed
 
 

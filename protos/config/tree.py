@@ -10,6 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+# Below what a coordinator decides for its sites, and still each site's own.
+SITE_KEYS = (
+    "train.device", "train.micro_batch", "train.checkpointing", "train.optimizer", "lora.rank", "lora.public_data",
+    "privacy.nominal_examples",
+)  # fmt: skip
 SHORTHANDS: Mapping[str, str] = {
     "data": "data.source",
     "model": "model.source",
@@ -96,8 +101,15 @@ class TrainConfig:
     """Local training."""
 
     local_steps: int = _doc(20, "optimizer steps a round")
-    batch_size: int = _doc(8, "examples in a forward pass")
-    accumulation: int = _doc(1, "forward passes in an optimizer step")
+    batch_size: int = _doc(8, "examples of a batch")
+    accumulation: int = _doc(1, "batches in an optimizer step")
+    micro_batch: int | None = _doc(
+        None, "at a client: examples in one forward pass, a divisor of batch_size; default: its plan's"
+    )
+    checkpointing: bool | None = _doc(
+        None, "at a client: compute activations again in the backward pass; default: its plan's"
+    )
+    optimizer: str = _doc("auto", "at a client: auto (its plan's), adamw, adamw8bit or paged_adamw8bit")
     max_length: int = _doc(128, "tokens in an example")
     learning_rate: float = _doc(5e-3, "peak, AdamW")
     schedule: str = _doc("cosine", "constant or cosine, over the whole campaign")
@@ -117,12 +129,18 @@ class TrainConfig:
 class LoraConfig:
     """The adapter's shape."""
 
-    rank: int | None = _doc(None, "deployment, at a client: the rank that it trains; default: what it is offered")
+    rank: int | None = _doc(
+        None,
+        "deployment, at a client: the rank that it trains; default: the most of what it is offered that it can hold",
+    )
     target_modules: Any = _doc("all-linear", "module-name suffixes as a list, or all-linear")
     lora_alpha: float | None = _doc(None, "scale is lora_alpha / rank; default: 2 x the client's rank, so scale 2")
     use_rslora: bool = _doc(False, "scale is lora_alpha / sqrt(rank)")
     rank_pattern: Any = _doc({}, "module-name suffix -> largest rank there; 0 leaves those modules untrained")
-    allocation: str = _doc("uniform", "how a client's rank is spread over modules")
+    allocation: str = _doc(
+        "uniform", "uniform, or importance: a client's rank goes to the modules that matter on its data"
+    )
+    public_data: str = _doc("", "at a client: text to score importance on instead of its own; needed under privacy")
 
 
 @dataclass
@@ -136,7 +154,11 @@ class AdapterConfig:
 class QuantisationConfig:
     """The base's number format at the clients; at a site its own choice, which stays there."""
 
-    format: Any = _doc("fp32", "fp32, bf16, nf4, int8, mixed, int8wo or fp8wo; in a simulation also one entry a client")
+    format: Any = _doc(
+        "auto",
+        "auto (the site's plan; fp32 in a simulation), fp32, bf16, nf4, int8, mixed, int8wo or fp8wo; in a simulation "
+        "also one entry a client",
+    )
     compute: str = _doc("auto", "of activations and whatever is not quantised: auto (by device), fp32, bf16 or fp16")
     bits: float = _doc(5.0, "bits a weight that format mixed may spend, at least 4.2")
 
@@ -210,6 +232,7 @@ class ClientConfig:
     name: str = _doc("", "with insecure=true only: the client's name; otherwise the certificate says it")
     revocations: str = _doc("", "the consortium's crl.pem, against a revoked coordinator; default: crl.pem in identity")
     policy: str = _doc("", "the site's policy file; what it does not allow is refused here")
+    memory: str = _doc("", "the most that training may take beside the imports, such as 4GiB; default: what is free")
     state: str = _doc("lamina-site", "folder for the last update and whatever else must outlive a restart")
     stay: bool = _doc(False, "wait for the next run when one is finished")
     give_up_s: float | None = _doc(None, "end when the coordinator was out of reach for so long; default: never")

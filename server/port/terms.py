@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lamina.protos.blobs import Blob
-from lamina.protos.config import Config, known_keys, value_of
+from lamina.protos.config import SITE_KEYS, Config, known_keys, value_of
 from lamina.protos.messages import Budget
 from lamina.protos.statements import PROTOCOL, TERMS, budget_document
 from lamina.server.campaign import Campaign
@@ -14,7 +14,6 @@ from lamina.server.campaign import Campaign
 # What the coordinator decides. All else, such as where the data lie and on which device to train, is the site's.
 _SECTIONS = ("train.", "lora.", "wire.", "privacy.", "adapter.", "strategy.")
 _KEYS = ("task", "rounds", "seed", "evaluate.split", "evaluate.max_examples", "evaluate.batch_size")
-_SITES_OWN = ("train.device", "lora.rank", "privacy.nominal_examples")
 # What the coordinator has for itself.
 _OWN_SECTIONS = ("coordinator.", "clients.", "evaluate.", "aggregation.")
 _OWN_KEYS = ("insecure", "keep_updates", "checkpoints", "output")
@@ -38,7 +37,7 @@ def task_keys() -> list[str]:
     Returns:
         Dotted keys.
     """
-    return [key for key in known_keys() if (key.startswith(_SECTIONS) or key in _KEYS) and key not in _SITES_OWN]
+    return [key for key in known_keys() if (key.startswith(_SECTIONS) or key in _KEYS) and key not in SITE_KEYS]
 
 
 def terms(
