@@ -7,31 +7,24 @@ reported as a code from a fixed list and the agent lives on; no text of an error
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lamina.client import policy as policies
+from lamina.client.failures import failure_code, on_disk, where
 from lamina.client.listening import BACKOFF_S, Listener, Log, Settings, Terms, signer
 from lamina.client.spool import Finished, Spool, clear_others, newest
 from lamina.client.terms import HASH, whole
+from lamina.client.work import Worker
 from lamina.protos import statements as st
 from lamina.protos.blobs import Blob, blob
 from lamina.protos.chain import WITNESS_DOMAIN, Head, witness_statement
 from lamina.protos.clock import Clock
 from lamina.protos.errors import (
-    AdapterMismatch,
-    CheckpointError,
-    ConfigError,
-    DataError,
     IdentityError,
     LaminaError,
     PolicyRefused,
-    StorageError,
-    TrainingError,
-    UpdateRejected,
     one_line,
 )
 from lamina.protos.files import alone
@@ -45,35 +38,6 @@ _CHANGED: Mapping[str, Any] = {}  # in place of an instruction: another run has 
 
 class Superseded(LaminaError):
     """The coordinator asks for something else by now; what was being trained is given up."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a worker made.
-
-    Attributes:
-        update: The encoded update.
-        state: The client's state after it, by file name.
-    """
-
-    update: bytes
-    state: Mapping[str, bytes]
-
-
-class Worker(Protocol):
-    """What trains and measures. It knows no network and no disk of the agent's."""
-
-    def begin(self, terms: Mapping[str, Any], spec: AdapterSpec, state: Mapping[str, bytes], version: int) -> None:
-        """Load what a run needs and take up the client's state."""
-        ...
-
-    def train(self, instruction: Instruction, progress: Callable[[int], None]) -> Trained:
-        """Train from a release; `progress` may raise."""
-        ...
-
-    def measure(self, instruction: Instruction) -> Mapping[str, float]:
-        """Sums over held-out examples: `nats`, `targets`, `hits`."""
-        ...
 
 
 class Agent:
@@ -120,8 +84,11 @@ class Agent:
         self._listener.start()
         try:
             while True:
-                terms = self._inbox.wait(lambda: self._inbox.terms, 3600.0)
-                if terms is not None and self._take_part(terms) and not self._settings.stay:
+                found = self._inbox.wait(lambda: self._unanswered() or self._inbox.terms, 3600.0)
+                offer = self._unanswered()
+                if offer is not None:
+                    self._size(offer)
+                elif found is not None and self._take_part(found) and not self._settings.stay:
                     return 0
         except (Superseded, Unreachable, Refused):
             raise
@@ -129,7 +96,7 @@ class Agent:
             self._leave()
             raise
         finally:
-            self._over.set()
+            self.stop()  # the listening thread may be waiting for an answer to an offer
             self._link.close()
 
     def _leave(self) -> None:
@@ -144,18 +111,28 @@ class Agent:
 
     # A run.
 
+    def _unanswered(self) -> Terms | None:
+        """An offer whose run this site has not been sized for."""
+        offer, wish = self._inbox.offer, self._inbox.wish
+        return offer if offer is not None and (wish is None or wish[0] != offer.run_id) else None
+
+    def _size(self, offer: Terms) -> None:
+        """Look at what is offered, and have the listening thread register for what the site can hold."""
+        spool = Spool(self._settings.folder / offer.run_id)
+        with on_disk(spool):
+            spec, kept = self._spec(offer, spool), spool.plan()
+            sized = self._worker.size(offer.document, spec, kept)
+            if sized.kept != kept:
+                spool.keep_plan(sized.kept)
+        self._inbox.put(wish=(offer.run_id, sized.wish), terms=None)
+
     def _take_part(self, terms: Terms) -> bool:
         """One run, from its terms to its end; False where another has begun."""
         spool = Spool(self._settings.folder / terms.run_id)
         self._log("run", run_id=terms.run_id, rounds=terms.document["rounds"], rank=terms.document["rank"])
-        try:
+        with on_disk(spool):
             self._last = last = spool.load()
             spec = self._spec(terms, spool)
-        except OSError as error:
-            raise StorageError(
-                f"{error.filename or spool.root}: expected room and the right to read and write, got: {error.strerror}. "
-                "Make room or set client.state, and start again; nothing is lost."
-            ) from None
         self._worker.begin(terms.document, spec, last.state if last else {}, last.version if last else -1)
         self._listener.held = (terms.run_id, last.version if last else -1)
         clear_others(self._settings.folder, terms.run_id)
@@ -176,6 +153,8 @@ class Agent:
     def _next(self, terms: Terms) -> Mapping[str, Any] | None:
         """The newest instruction of the run that has not been dealt with."""
         if self._inbox.terms is not None and self._inbox.terms.run_id != terms.run_id:
+            return _CHANGED
+        if self._unanswered() is not None:
             return _CHANGED
         document = self._inbox.document
         return None if document is self._done else document
@@ -234,7 +213,7 @@ class Agent:
             self._log("failed", round=number, code=code, message=str(error))
         except Exception as error:  # noqa: BLE001  an entry point: the agent lives on, and the error's text stays here
             code = failure_code(error)
-            self._log("failed", round=number, code=code, where=_where(error))
+            self._log("failed", round=number, code=code, where=where(error))
         if code:
             self._report(document, code=code)
             self._slow_down()
@@ -281,7 +260,8 @@ class Agent:
     def _still(self, document: Mapping[str, Any]) -> None:
         """Raise where the coordinator asks for something else by now."""
         newest = self._inbox.document
-        if self._over.is_set() or (newest is not None and _key(newest) != _key(document)):
+        changed = self._unanswered() is not None or (newest is not None and _key(newest) != _key(document))
+        if self._over.is_set() or changed:
             raise Superseded(
                 f"round {document.get('round')} was given up: the coordinator asks for something else now."
             )
@@ -377,34 +357,3 @@ class Agent:
 
 def _key(document: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(str(document.get(name)) for name in ("kind", "run_id", "round", "release", "frozen", "why"))
-
-
-def failure_code(error: BaseException) -> str:
-    """What a coordinator is told of an error: a word from a fixed list, and nothing else.
-
-    Args:
-        error: Anything.
-
-    Returns:
-        The code.
-    """
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
-        return "out-of-memory"
-    kinds: tuple[tuple[type[BaseException], str], ...] = (
-        (TrainingError, "training"),
-        (CheckpointError, "disk"),
-        (DataError, "data"),
-        (AdapterMismatch, "release"),
-        (UpdateRejected, "release"),
-        (st.BadStatement, "release"),
-        (ConfigError, "base"),
-        (OSError, "disk"),
-    )
-    return next((code for kind, code in kinds if isinstance(error, kind)), "internal")
-
-
-def _where(error: BaseException) -> str:
-    """Kind and place of an error, without its text, which may quote data."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
-    return f"{type(error).__name__} at {place}"

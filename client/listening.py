@@ -43,11 +43,31 @@ class Terms:
         return str(self.document["run_id"])
 
 
+@dataclass(frozen=True)
+class Wish:
+    """What a site registers for.
+
+    Attributes:
+        rank: Its nominal rank; None takes what is offered.
+        ranks: Module -> rank, where not that of the nominal one in every module.
+        format: Number format of its base, empty where that stays at the site.
+    """
+
+    rank: int | None = None
+    ranks: Mapping[str, int] | None = None
+    format: str = ""
+
+
 class Inbox:
-    """What the listening thread leaves for the training one: the newest of each, and an error that ends all."""
+    """What the two threads leave for each other: the newest of each, and an error that ends all.
+
+    The listening thread leaves `offer`, `terms` and `document`; the training one `wish`, its answer to an offer.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
+        self.offer: Terms | None = None
+        self.wish: tuple[str, Wish] | None = None
         self.terms: Terms | None = None
         self.document: Mapping[str, Any] | None = None
         self.error: LaminaError | None = None
@@ -59,7 +79,7 @@ class Inbox:
                 setattr(self, name, value)
             self._changed.notify_all()
 
-    def wait(self, ready: Callable[[], Any], seconds: float) -> Any:
+    def wait(self, ready: Callable[[], Any], seconds: float | None) -> Any:
         """What `ready` gives once it gives something; None after so long. Raises the error that ends all."""
         with self._changed:
             self._changed.wait_for(lambda: self.error is not None or ready() is not None, seconds)
@@ -77,6 +97,7 @@ class Settings:
         policy: What the site allows.
         folder: For what must outlive a restart.
         rank: To ask for; None takes what is offered.
+        sized: Whether the site first looks at what is offered and then registers for what it can hold.
         stay: Wait for the next run after the end of one.
         give_up_s: End when the coordinator was out of reach for so long; None never.
         revocations: The consortium's list of revoked certificates, read at every registration; None where the site has none.
@@ -87,6 +108,7 @@ class Settings:
     policy: Policy
     folder: Path
     rank: int | None = None
+    sized: bool = False
     stay: bool = False
     give_up_s: float | None = None
     revocations: Path | None = None
@@ -175,15 +197,32 @@ class Listener:
             self.over.wait(self._clock.real(beat))
 
     def _register(self) -> Terms:
+        wish = Wish(self._settings.rank)
+        if self._settings.sized:
+            offer = self._ask(wish, ask=True)
+            self.inbox.put(offer=offer)
+            wish = self.inbox.wait(lambda: self._answered(offer), None)
+        return self._ask(wish)
+
+    def _answered(self, offer: Terms) -> Wish | None:
+        """What the training thread wants of an offer, once it knows."""
+        wish = self.inbox.wish
+        return wish[1] if wish is not None and wish[0] == offer.run_id else None
+
+    def _ask(self, wish: Wish, ask: bool = False) -> Terms:
+        """Register, or with `ask` learn the terms on which one could."""
         identity, policy = self._settings.address.identity, self._settings.policy
         run_id, held = self.held
         document = {
             "kind": st.REGISTER,
             "versions": list(VERSIONS),
-            "rank": self._settings.rank,
+            "rank": wish.rank,
             "held": held,
             "run_id": run_id,
         }
+        document |= {"ask": True} if ask else {}
+        document |= {} if wish.ranks is None else {"ranks": dict(wish.ranks)}
+        document |= {"format": wish.format} if wish.format else {}
         request = st.signed(st.REGISTER, document, signer(identity))
         answer = self._link.call("Register", request)
         name, key = None, None

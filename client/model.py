@@ -207,6 +207,19 @@ def trainable_parameters(base: Base) -> dict[str, torch.nn.Parameter]:
     return found
 
 
+def set_checkpointing(base: Base, on: bool) -> None:
+    """Have activations computed again in the backward pass, or kept.
+
+    Args:
+        base: The base; changed in place.
+        on: Which.
+    """
+    if on:
+        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        base.model.gradient_checkpointing_disable()
+
+
 @contextmanager
 def training_mode(base: Base) -> Iterator[None]:
     """Dropout and the like on, and off again.

@@ -52,13 +52,17 @@ class Leave:
         metrics: Names of the training metrics that are sent; others stay.
         num_examples: `exact`, `rounded` to one significant digit, or `hidden`, which sends 1.
         evaluation: Whether the site measures releases on its held-out text and sends the sums.
-        rank: `exact`, the only possibility: the adapter's shapes show it.
+        rank: `exact`, or `coarse`: each module's rounded down to a power of two. The adapter's shapes show it.
+        allocation: Whether ranks that were chosen by what matters on the site's data may leave; otherwise one rank for all.
+        format: `exact`, or `hidden`: whether the coordinator is told the number format of the site's base.
     """
 
     metrics: tuple[str, ...] = ("train_loss", "tokens", "seconds")
     num_examples: str = "exact"
     evaluation: bool = True
     rank: str = "exact"
+    allocation: bool = True
+    format: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Policy:
         coordinators: Names in the certificates of the coordinators to work for.
         consortium: The one whose terms are accepted, or None for that of the site's CA.
         base_hashes: SHA-256 of the weights of base models to train. The site's own base is compared in any case.
+        manifests: SHA-256 of the manifests of quantised copies that the site trusts to say of which base they are.
         tasks: Tasks to train on.
         strategies: Aggregation strategies to take part in.
         raw_updates_to_peers: Whether every other site may see this site's update as it was sent, as under `stack`.
@@ -87,6 +92,7 @@ class Policy:
     coordinators: tuple[str, ...] = ()
     consortium: str | None = None
     base_hashes: tuple[str, ...] = ()
+    manifests: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     strategies: tuple[str, ...] = ()
     raw_updates_to_peers: bool = True
@@ -228,7 +234,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "privacy.mode_at_least": MODES,
     "privacy.unit_at_least": UNITS,
     "leave.num_examples": COUNTS,
-    "leave.rank": ("exact",),
+    "leave.rank": ("exact", "coarse"),
+    "leave.format": ("exact", "hidden"),
 }
 _LOWEST: Mapping[str, int] = {"max_bytes_down": 0, "max_bytes_up": 0}
 
@@ -260,7 +267,7 @@ def _setting(key: str, value: Any, default: Any, where: str) -> Any:
         expected = "a list of names" + (f" among {', '.join(choices)}" if choices else "")
         fits = isinstance(value, list) and all(isinstance(one, str) and one for one in value)
         fits = fits and (choices is None or set(value) <= set(choices))
-        if fits and key == "base_hashes":
+        if fits and key in ("base_hashes", "manifests"):
             value, expected = [one.lower() for one in value], "a list of SHA-256 hashes, 64 hex digits each"
             fits = all(HASH.fullmatch(one) for one in value)
         value = tuple(value) if fits else value

@@ -16,41 +16,47 @@ from lamina.protos.errors import ConfigError
 _FEED_FORWARD = ("intermediate_size", "ffn_dim", "n_inner", "d_ff")
 
 
-def shape_of(source: str, revision: str = "") -> Shape:
+def shape_of(source: str, revision: str = "", task: str = "causal-lm", labels: int = 0) -> Shape:
     """The shape of a model.
 
     Args:
         source: See `model.source`; a folder with nothing but config.json will do.
         revision: Commit of a hub id.
+        task: `causal-lm` or `sequence-classification`.
+        labels: Of a classifier.
 
     Returns:
         Its shape.
 
     Raises:
-        ConfigError: If there is no configuration of a causal-lm.
+        ConfigError: If there is no configuration of a model for the task.
     """
+    classifies = task == "sequence-classification"
+    auto = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
     try:
         config = transformers.AutoConfig.from_pretrained(
             resolved(source), revision=revision or "main", trust_remote_code=False
         )
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        if classifies:
+            config.num_labels = labels
         with init_empty_weights():
-            model = transformers.AutoModelForCausalLM.from_config(config)
+            model = auto.from_config(config)
         model.tie_weights()
+        return _shape(model, config.get_text_config(), labels if classifies else config.get_text_config().vocab_size)
     except LOADING as error:
         raise ConfigError(
-            f"model.source={source}: expected config.json of a causal-lm, got: {first_line(error)}"
+            f"model.source={source}: expected config.json of a {task} model, got: {first_line(error)}"
         ) from None
-    return _shape(model, config.get_text_config())
 
 
 def _tied(model: Any) -> bool:
     head = model.get_output_embeddings()
-    return head is None or head.weight is model.get_input_embeddings().weight
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def _shape(model: Any, config: Any) -> Shape:
+def _shape(model: Any, config: Any, outputs: int) -> Shape:
     head = head_name(model)
     linears: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
@@ -72,7 +78,7 @@ def _shape(model: Any, config: Any) -> Shape:
         layers=layers,
         attention=heads * head_dim,
         key_value=key_value,
-        vocab=config.vocab_size,
+        vocab=outputs,
         embedding=0 if _tied(model) else config.vocab_size * hidden,
         gated=any("gate" in name.rpartition(".")[2] for name in linears),
     )

@@ -13,13 +13,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lamina.protos.blobs import Blob
 from lamina.protos.chain import Head, witness_heads, witness_line
 from lamina.protos.errors import CheckpointError, ConfigError
 from lamina.protos.files import append_durably, sha256, write_atomic, write_folder
 
-_UPDATE, _META, _SENT, _TRAINED = "update.safetensors", "meta.json", "sent", "trained.txt"
+_UPDATE, _META, _SENT, _TRAINED, _PLAN = "update.safetensors", "meta.json", "sent", "trained.txt", "plan.json"
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,19 @@ class Spool:
             raise CheckpointError(
                 f"{path}: expected the round that was trained last. Remove the run's folder; it gets everything again."
             ) from None
+
+    def plan(self) -> Mapping[str, Any] | None:
+        """What `keep_plan` wrote, None where there is nothing whole: then the site is sized anew."""
+        try:
+            found = json.loads((self.root / _PLAN).read_text())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def keep_plan(self, kept: Mapping[str, Any]) -> None:
+        """Keep what the site was sized to, so that it asks for the same when it is started again."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.root / _PLAN, json.dumps(dict(kept), indent=1))
 
     def accepted(self, finished: Finished) -> None:
         """The coordinator has the update; where that cannot be noted, the update stays longer."""

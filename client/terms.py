@@ -236,4 +236,5 @@ _TERMS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 # What a coordinator may say besides.
 _OPTIONAL: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "cohort_at_least": ("a whole number >= 1", lambda value: whole(value, 1)),
+    "deadline_s": ("seconds > 0", lambda value: number(value) and value > 0),
 }

@@ -15,12 +15,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lamina.client.data import Example
-from lamina.client.model import Base, head_of, last_state, trainable_parameters, training_mode
+from lamina.client.model import Base, head_of, last_state, set_checkpointing, trainable_parameters, training_mode
+from lamina.client.sizing import resident
 from lamina.client.sizing.memory import loss_chunk_tokens
 from lamina.protos import seeds
 from lamina.protos.adapter import Adapter, LoraFactors
 from lamina.protos.config import TrainConfig
-from lamina.protos.errors import TrainingError
+from lamina.protos.errors import ConfigError, TrainingError
 
 Optimizer = Mapping[str, torch.Tensor]
 IGNORED = -100
@@ -191,14 +192,18 @@ def train(
         progress: Called after each step with its number and loss.
 
     Returns:
-        Metrics (`train_loss` in nats per target, the mean over steps; `tokens`; `seconds`), and the optimizer state.
+        Metrics (`train_loss` in nats per target, the mean over steps; `tokens`; `seconds`; `peak_bytes`, the most that this
+        process held meanwhile, where the system says it), and the optimizer state.
 
     Raises:
         TrainingError: If a loss is not finite.
     """
     config, started = task.config, time.monotonic()
+    resident.forget_peak(base.device.type)
+    if config.checkpointing is not None:
+        set_checkpointing(base, config.checkpointing)
     parameters = trainable_parameters(base)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = _optimizer(config, list(parameters.values()))
     if kept:
         _restore(optimizer, parameters, kept)
     torch.manual_seed(seeds.integer(task.seed, "dropout", task.client_id, task.round))
@@ -209,7 +214,8 @@ def train(
         for step in range(config.local_steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, first + step, task.rounds * config.local_steps)
-            loss, count = _step(base, [next(stream) for _ in range(config.accumulation)], task, anchor, step)
+            drawn = [next(stream) for _ in range(config.accumulation)]
+            loss, count = _step(base, _cut(drawn, config.micro_batch), task, anchor, step)
             if config.max_grad_norm > 0:
                 torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
             optimizer.step()
@@ -223,7 +229,28 @@ def train(
         "tokens": float(tokens),
         "seconds": time.monotonic() - started,
     }
+    if peak := resident.peak(base.device.type):
+        metrics["peak_bytes"] = float(peak)
     return metrics, _saved(optimizer, parameters)
+
+
+def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if config.optimizer in ("auto", "adamw"):
+        return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    try:
+        from bitsandbytes import optim
+    except ImportError:
+        raise ConfigError(
+            f"train.optimizer={config.optimizer}: expected bitsandbytes to be installed. Run `pip install bitsandbytes`, or take "
+            "adamw."
+        ) from None
+    kind = optim.PagedAdamW8bit if config.optimizer == "paged_adamw8bit" else optim.AdamW8bit
+    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)  # type: ignore[no-any-return]
+
+
+def _cut(drawn: Sequence[Sequence[Example]], size: int | None) -> list[Sequence[Example]]:
+    """Batches in pieces of a size; the gradient of all is the same."""
+    return [batch[at : at + (size or len(batch))] for batch in drawn for at in range(0, len(batch), size or len(batch))]
 
 
 def _step(

@@ -16,23 +16,44 @@ from safetensors.numpy import save as save_tensors
 
 from lamina.client import frozen as frozen_part
 from lamina.client import policy as policies
-from lamina.client.agent import Trained
 from lamina.client.data import Encoder, Example, examples_of
 from lamina.client.evaluate import score
-from lamina.client.loading import BaseOptions, check_length, load_base
+from lamina.client.hardware import host_memory, profile
+from lamina.client.listening import Wish
+from lamina.client.loading import BaseOptions, check_length, load_base, resolved
 from lamina.client.model import Base, put
 from lamina.client.participant import ClientState, Site, received, respond
 from lamina.client.policy import Policy
-from lamina.client.quantised import selftest
+from lamina.client.quantised import copies, selftest
 from lamina.client.rows import check_columns, load_rows, text_columns
+from lamina.client.sizing import resident
+from lamina.client.sizing.fitting import (
+    Offer,
+    applied,
+    coarse,
+    fitted,
+    known_plan,
+    line,
+    offer_of,
+    tightened,
+    to_keep,
+    wanted_of,
+)
+from lamina.client.sizing.planner import SHARE, Plan, Wanted, size
 from lamina.client.split import parts
+from lamina.client.work import Sized, Trained
 from lamina.protos import compose
 from lamina.protos.adapter import Adapter
+from lamina.protos.allocator import give_back
 from lamina.protos.config import Config
-from lamina.protos.errors import AdapterMismatch, CheckpointError, DataError
+from lamina.protos.errors import AdapterMismatch, CheckpointError, DataError, PolicyRefused
 from lamina.protos.messages import Instruction, Update
+from lamina.protos.ranks import uniform
 from lamina.protos.spec import AdapterSpec
 from lamina.protos.statements import budget_of
+
+# How torch says that the processor's memory is at an end, where it raises no MemoryError.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclass
@@ -40,6 +61,15 @@ class _Run:
     config: Config
     site: Site
     held_out: Sequence[Example]
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A plan, and what it was made for."""
+
+    run_id: str
+    wanted: Wanted
+    plan: Plan
 
 
 class SiteWorker:
@@ -53,12 +83,61 @@ class SiteWorker:
 
     def __init__(self, config: Config, policy: Policy, say: Callable[[str], None]) -> None:
         self._config, self._policy, self._say = config, policy, say
+        self._imports = resident.now()
+        self._fit: _Fit | None = None
         self._base: Base | None = None
         self._loaded: tuple[Any, ...] = ()
         self._run: _Run | None = None
         self._tested = False
         self._state = ClientState()
         self._shared: dict[str, frozen_part.Frozen] = {}
+
+    def size(self, terms: Mapping[str, Any], spec: AdapterSpec, kept: Mapping[str, Any] | None) -> Sized:
+        """What the site can hold of what it is offered.
+
+        Args:
+            terms: Checked by the site's policy.
+            spec: The run's schema.
+            kept: What an earlier `size` of this run gave to keep, or None. It stays as long as it fits.
+
+        Returns:
+            What to register for, and what to keep.
+
+        Raises:
+            NothingFits: If no way to train fits.
+            ConfigError: If the site's model or settings are impossible.
+        """
+        config = compose.with_values(self._config, terms["task"])
+        machine, offer = profile(config.train.device), offer_of(terms)
+        wanted = wanted_of(config, offer, spec, machine)
+        known = known_plan(kept, wanted, machine)
+        if known is not None:
+            chosen, ranks = known
+        else:
+            chosen = fitted(config, spec, wanted, machine)
+            ranks = self._ranks(applied(config, chosen), chosen, offer, spec, str(terms["client_id"]))
+        self._fit = _Fit(str(terms["run_id"]), wanted, chosen)
+        self._say(line(chosen))
+        told = chosen.format if self._policy.leave.format == "exact" else ""
+        wish = Wish(self._config.lora.rank, ranks, told)
+        if ranks == uniform(spec, offer.rank, config.lora.rank_pattern):
+            wish = Wish(self._config.lora.rank, None, told)
+        return Sized(wish, to_keep(wanted, chosen, ranks))
+
+    def _ranks(self, config: Config, chosen: Plan, offer: Offer, spec: AdapterSpec, client_id: str) -> dict[str, int]:
+        """The ranks that the site trains: the plan's, or where they matter on its data; as coarse as its policy says."""
+        offered = uniform(spec, offer.rank, config.lora.rank_pattern)
+        ranks = {module: min(rank, offered[module]) for module, rank in chosen.ranks.items() if module in offered}
+        if offer.equal_ranks:
+            return offered
+        if config.lora.allocation == "importance" and self._policy.leave.allocation:
+            from lamina.client.sizing.importance import check_public, chosen_ranks
+
+            check_public(config)
+            base = self._with_base(config, spec)
+            examples, _ = self._examples(config, spec, base)
+            ranks = chosen_ranks(config, base, examples, chosen.rank, client_id)
+        return coarse(ranks) if self._policy.leave.rank == "coarse" else ranks
 
     def begin(self, terms: Mapping[str, Any], spec: AdapterSpec, state: Mapping[str, bytes], version: int) -> None:
         """Load base and data, and check them against what the run is about.
@@ -75,6 +154,10 @@ class SiteWorker:
             ConfigError: If the terms' settings are impossible.
         """
         config = compose.with_values(self._config, terms["task"])
+        if self._fit is not None and self._fit.run_id == terms["run_id"]:
+            config = applied(config, self._fit.plan)
+            if 2 * self._fit.plan.peak_bytes > self._fit.plan.budget_bytes:
+                give_back(1)  # left to itself, the C library holds up to twice of what is planned
         if config.threads:
             torch.set_num_threads(config.threads)
         base = self._with_base(config, spec)
@@ -95,7 +178,7 @@ class SiteWorker:
     def _with_base(self, config: Config, spec: AdapterSpec) -> Base:
         targets = config.lora.target_modules
         quantisation = config.quantisation
-        key = (config.task, spec.labels, str(targets), config.seed)
+        key = (config.task, spec.labels, str(targets), config.seed, quantisation.format, quantisation.compute)
         if self._base is None or key != self._loaded:
             self._say(f"loading {config.model.source}")
             options = BaseOptions(
@@ -110,7 +193,9 @@ class SiteWorker:
                 compute=quantisation.compute,
                 bits=quantisation.bits,
             )
-            self._base, self._loaded = load_base(options), key
+            self._base = None  # before the next is loaded
+            self._check_copy(config.model.source)
+            self._base, self._loaded, self._tested = load_base(options), key, False
         mine = self._base.spec
         for what in dict.fromkeys(("weights", *spec.hashes)):
             wanted = spec.hashes.get(what)
@@ -127,6 +212,15 @@ class SiteWorker:
         self._base.spec = spec
         check_length(self._base, config.train.max_length)
         return self._base
+
+    def _check_copy(self, source: str) -> None:
+        """Raise where the base is a quantised copy whose maker the site does not trust."""
+        copy, trusted = copies.read_manifest(resolved(source)), self._policy.manifests
+        if copy is not None and trusted and copy.digest not in trusted:
+            raise PolicyRefused(
+                f"{self._policy.source}: manifests: expected a quantised copy whose manifest is listed, got that of "
+                f"model.source={source}, SHA-256 {copy.digest}. Take a copy that is trusted, or list this one."
+            )
 
     def _examples(self, config: Config, spec: AdapterSpec, base: Base) -> tuple[list[Example], list[Example]]:
         data, columns = config.data, text_columns(config.data, config.task)
@@ -159,19 +253,58 @@ class SiteWorker:
             LaminaError: See `participant.respond`.
         """
         run, base = self._begun()
+        self._look_again(run)
 
         def leaving(update: Update) -> Update:
+            self._tell_peak(update, base)
             metrics, num_examples = policies.leaving(self._policy, update.metrics, update.num_examples)
             return replace(update, metrics=metrics, num_examples=num_examples)
 
-        reply, after = respond(
-            run.site, base, self._state, instruction, self._shared, lambda step, loss: progress(step), leaving
-        )
+        try:
+            reply, after = respond(
+                run.site, base, self._state, instruction, self._shared, lambda step, loss: progress(step), leaving
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in _NO_MEMORY):
+                raise
+            put(base, Adapter(), None, trainable=False)
+            if self._fit is not None:
+                self._tighten(run, int(0.8 * self._fit.plan.peak_bytes))
+            raise MemoryError("expected room for a training step, got none") from None
         if reply.update is None:
             raise AdapterMismatch("expected an update, got none.")
         self._state = after
         self._shared = {} if after.frozen is None else {after.frozen.digest: after.frozen}
         return Trained(reply.update.read(), saved(after))
+
+    def _look_again(self, run: _Run) -> None:
+        """A smaller plan where less is free by now than when it was made."""
+        if self._fit is None or self._begun()[1].device.type != "cpu" or not resident.now():
+            return
+        held = max(0, resident.now() - self._imports)
+        room = held + int(SHARE * host_memory()[1])
+        if room < self._fit.plan.peak_bytes:
+            self._tighten(run, room)
+
+    def _tighten(self, run: _Run, room: int) -> None:
+        """Plan anew within less memory: the ranks, the format and the examples stay as they are."""
+        assert self._fit is not None
+        chosen = tightened(run.config, self._begun()[1].spec, self._fit.wanted, self._fit.plan, room)
+        if chosen is None:
+            self._say(f"less memory is free than was planned with, {size(room)}, and nothing smaller fits")
+            return
+        self._fit = replace(self._fit, plan=chosen)
+        run.config = applied(run.config, chosen)
+        run.site = replace(run.site, train=run.config.train)
+        self._say(f"less memory is free than was planned with; {line(chosen)}")
+
+    def _tell_peak(self, update: Update, base: Base) -> None:
+        """Say what training took, beside what was planned."""
+        peak = int(update.metrics.get("peak_bytes", 0))
+        if peak and self._fit is not None:
+            took = peak if base.device.type == "cuda" else peak - self._imports
+            planned = sum(self._fit.plan.terms.values())
+            self._say(f"round {update.round}: peak memory {size(took)}, predicted {size(planned)}")
 
     def measure(self, instruction: Instruction) -> dict[str, float]:
         """Score held-out text with a release as this client has it; the client's state stays as it is.

@@ -154,12 +154,12 @@ def shown(found: Any, before: Any = None) -> str:
     known = {} if before is None else {one["client_id"]: _at(before, one) for one in before["clients"]}
     lines = [] if before and _stand(before) == _stand(found) else [_stand(found)]
     if found["clients"] and not known:
-        lines.append(f"{'client':<20} {'rank':>4}  {'heard of':>10}  now")
+        lines.append(f"{'client':<20} {'rank':>4}  {'base':<5}  {'heard of':>10}  now")
     for one in found["clients"]:
         silent, at = one["silent_s"], _at(found, one)
         if known.get(one["client_id"]) != at:
             heard = "never" if silent is None else f"{silent:.0f} s ago"
-            lines.append(f"{one['client_id']:<20} {one['rank']:>4}  {heard:>10}  {at}")
+            lines.append(f"{one['client_id']:<20} {one['rank']:>4}  {one.get('format') or '-':<5}  {heard:>10}  {at}")
     fault = found["revocations"]
     if fault != "in force" and fault != (before or {}).get("revocations"):
         lines.append(f"revocations: {fault} The last good list is in force.")

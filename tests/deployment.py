@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from lamina.client.agent import Agent, Trained
-from lamina.client.listening import Settings
+from lamina.client.agent import Agent
+from lamina.client.listening import Settings, Wish
 from lamina.client.policy import Policy
+from lamina.client.work import Sized, Trained
 from lamina.protos import compose, seeds
 from lamina.protos import identity as identities
 from lamina.protos.adapter import Adapter, LoraFactors
@@ -118,14 +119,22 @@ class Synthetic:
         step_s: Seconds that a step takes.
         steps: Steps in a round.
         change: Applied to each update before it is encoded; an attack, or nothing.
+        wish: What it registers for, where its agent sizes itself.
         trained: Rounds that were trained, in order, repeats included.
+        sized: What each sizing was given of an earlier one.
     """
 
     name: str
     step_s: float = 0.0
     steps: int = 2
     change: Callable[[Update], Update] = lambda update: update
+    wish: Wish = field(default_factory=Wish)
     trained: list[int] = field(default_factory=list)
+    sized: list[Mapping[str, Any] | None] = field(default_factory=list)
+
+    def size(self, terms: Mapping[str, Any], spec: AdapterSpec, kept: Mapping[str, Any] | None) -> Sized:
+        self.sized.append(kept)
+        return Sized(self.wish, {"times": len(self.sized)})
 
     def begin(self, terms: Mapping[str, Any], spec: AdapterSpec, state: Mapping[str, bytes], version: int) -> None:
         self.spec, self.budget, self.seed = spec, budget_of(terms["budget"]), int(terms["task"]["seed"])
@@ -328,17 +337,21 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def fault_free(
-    given: Sequence[str], schema: AdapterSpec | None = None, without: Sequence[tuple[str, int]] = ()
+    given: Sequence[str],
+    chosen: Mapping[str, Mapping[str, int]] | None = None,
+    schema: AdapterSpec | None = None,
+    without: Sequence[tuple[str, int]] = (),
 ) -> Adapter:
     """The global adapter of the same run in memory: no network, no disk, no fault.
 
     Args:
         given: The run's words.
+        chosen: Ranks by module of the clients that chose them.
         schema: Its schema.
         without: (client, round) pairs that do not count.
     """
     schema, config = schema or spec(), config_of(given)
-    budgets = campaigns.budgets(config, schema)
+    budgets = campaigns.budgets(config, schema, chosen)
     campaign = campaigns.campaign(config, schema, budgets, "in memory")
 
     def respond(instruction: Instruction) -> Reply | None:

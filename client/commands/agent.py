@@ -10,7 +10,7 @@ from typing import Any
 
 from lamina.protos import compose
 from lamina.protos.clock import SYSTEM
-from lamina.protos.config import known_keys
+from lamina.protos.config import SITE_KEYS, known_keys
 from lamina.protos.errors import ConfigError, IdentityError, LaminaError, nearest
 from lamina.protos.identity import require_tls13
 
@@ -31,8 +31,8 @@ Before dialling, certificate, dates, CA, role and clock are checked; `lamina doc
 exit codes: 0 the run is over, 2 bad configuration or data, 3 coordinator out of reach (client.give_up_s), 5 identity or policy
 
 keys of a site (default), of which data.source must be set:"""
-_SECTIONS = ("client.", "data.", "model.")
-_KEYS = ("lora.rank", "train.device", "threads", "insecure", "partition.min_examples")
+_SECTIONS = ("client.", "data.", "model.", "quantisation.")
+_KEYS = (*(key for key in SITE_KEYS if not key.startswith("privacy.")), "threads", "insecure", "partition.min_examples")
 
 
 def main(command: str, words: Sequence[str]) -> int:
@@ -107,6 +107,7 @@ def main(command: str, words: Sequence[str]) -> int:
         policy=policy,
         folder=Path(config.client.state),
         rank=config.lora.rank,
+        sized=True,
         stay=config.client.stay,
         give_up_s=config.client.give_up_s,
         revocations=revocations,

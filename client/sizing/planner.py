@@ -36,7 +36,8 @@ class Wanted:
 
     Attributes:
         rank: Largest rank of a layer.
-        batch_size: Examples of an optimizer step, all forward passes together; kept whatever the plan.
+        batch_size: Examples of a batch; it is kept, in one forward pass or several.
+        accumulation: Batches of an optimizer step; kept, too.
         max_length: Tokens of an example.
         local_steps: Optimizer steps of a round.
         targets: Linear layers that the run adapts; empty for all.
@@ -46,10 +47,16 @@ class Wanted:
         download_rank: Rank of the frozen part that may come beside the trainable one.
         compensation: Rank of the base's compensation factors.
         dense: Parameters that are trained whole.
+        whole: Whether every layer must have the rank that was asked.
+        only: The number format and the compute format that must be taken, or None for the best.
+        micro_batch: Examples of a forward pass, where the site has decided.
+        checkpointing: Whether activations are computed again, where the site has decided.
+        optimizer: Its name, where the site has decided.
     """
 
     rank: int = 8
     batch_size: int = 8
+    accumulation: int = 1
     max_length: int = 128
     local_steps: int = 20
     targets: tuple[str, ...] = ()
@@ -59,6 +66,11 @@ class Wanted:
     download_rank: int = 0
     compensation: int = 0
     dense: int = 0
+    whole: bool = False
+    only: tuple[str, str] | None = None
+    micro_batch: int | None = None
+    checkpointing: bool | None = None
+    optimizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,8 @@ def plan(profile: Profile, shape: Shape, wanted: Wanted) -> Plan:
         ConfigError: If the device can train with none of the number formats that are allowed.
     """
     choices = [one for one in menu(profile).choices if not wanted.formats or one[0] in wanted.formats]
+    if wanted.only is not None:
+        choices = [wanted.only]
     if not choices:
         able = ", ".join(one[0] for one in menu(profile).choices) or "none that passed its self-test"
         raise ConfigError(
@@ -165,18 +179,20 @@ def plan(profile: Profile, shape: Shape, wanted: Wanted) -> Plan:
 
 def _grid(profile: Profile, shape: Shape, wanted: Wanted, choices: list[tuple[str, str]]) -> Iterator[Plan]:
     """Every way to train, the best first."""
-    optimizers = menu(profile).optimizers
+    optimizers = menu(profile).optimizers if wanted.optimizer is None else (wanted.optimizer,)
+    checkpointings = (False, True) if wanted.checkpointing is None else (wanted.checkpointing,)
+    micros = _divisors(wanted.batch_size) if wanted.micro_batch is None else [wanted.micro_batch]
     for length in _halves(wanted.max_length, min(32, wanted.max_length)):
-        for name, suffixes in _MODULES:
+        for name, suffixes in _MODULES[:1] if wanted.whole else _MODULES:
             targets = _targets(shape, wanted, suffixes)
             if not targets:
                 continue
-            for rank in _halves(wanted.rank, 1):
+            for rank in _halves(wanted.rank, wanted.rank if wanted.whole else 1):
                 ranks = {module: min(rank, *shape.linears[module]) for module in targets}
                 for number_format, compute in choices:
-                    for checkpointing in (False, True):
+                    for checkpointing in checkpointings:
                         for optimizer in optimizers:
-                            for micro in _divisors(wanted.batch_size):
+                            for micro in micros:
                                 yield _point(
                                     profile, shape, wanted, name, rank, ranks, number_format, compute, checkpointing, optimizer,
                                     micro, length,
@@ -205,7 +221,7 @@ def _point(
     )
     overhead = profile.overhead_bytes.get(number_format, _CONTEXT_BYTES.get(profile.kind, RUNTIME_BYTES))
     speed = profile.speeds.get(number_format)
-    passes = wanted.batch_size // micro
+    passes = wanted.batch_size // micro * wanted.accumulation
     seconds = None
     if speed is not None:
         again = 1.35 if checkpointing else 1.0
@@ -262,7 +278,8 @@ def _reasons(one: Plan, profile: Profile, wanted: Wanted) -> Iterator[str]:
     if one.checkpointing:
         yield "activations are computed again in the backward pass: kept, they do not fit."
     yield (
-        f"{one.micro_batch} examples at a time, {one.accumulation} times: a batch of {wanted.batch_size}, as the experiment asks."
+        f"{one.micro_batch} examples at a time, {one.accumulation} times: a batch of {wanted.batch_size * wanted.accumulation}, "
+        "as the experiment asks."
     )
     if one.optimizer != "adamw":
         yield f"{one.optimizer}: AdamW's moments do not fit."
@@ -304,6 +321,21 @@ def size(num_bytes: float) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} TB"
+
+
+def plan_of(found: Mapping[str, Any]) -> Plan:
+    """The inverse of `document`.
+
+    Args:
+        found: What `document` gave.
+
+    Returns:
+        The plan.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    return Plan(**{**found, "reasons": tuple(found["reasons"])})
 
 
 def document(one: Plan) -> dict[str, Any]:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+
 from lamina.protos.errors import ConfigError
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def forget_peak() -> None:
-    """Let the peak begin anew; nothing where the system does not offer it."""
+def forget_peak(device: str = "cpu") -> None:
+    """Let the peak begin anew; nothing where the system does not offer it.
+
+    Args:
+        device: Kind of the device whose memory is meant.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     try:
         _CLEAR.write_text("5")
     except OSError:
@@ -40,6 +48,35 @@ def peak_bytes() -> int:
         ConfigError: If the system does not say.
     """
     return _field("VmHWM")
+
+
+def now() -> int:
+    """What is resident now.
+
+    Returns:
+        Bytes, 0 where the system does not say.
+    """
+    try:
+        return resident_bytes()
+    except ConfigError:
+        return 0
+
+
+def peak(device: str) -> int:
+    """The most that was held since `forget_peak`.
+
+    Args:
+        device: Kind of the device whose memory is meant.
+
+    Returns:
+        Bytes: of this process, or on a CUDA device what was reserved there; 0 where nothing says it.
+    """
+    if device == "cuda":
+        return int(torch.cuda.max_memory_reserved())
+    try:
+        return peak_bytes() if device == "cpu" else 0
+    except ConfigError:
+        return 0
 
 
 def _field(name: str) -> int:

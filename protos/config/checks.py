@@ -160,13 +160,18 @@ def _check_together(config: Config) -> None:
     micro = config.train.micro_batch
     if micro is not None and config.train.batch_size % micro:
         raise ConfigError(
-            f"train.micro_batch={micro}: expected a divisor of train.batch_size={config.train.batch_size}, so that the batch stays "
-            "what the experiment asks. Set one, or leave it out."
+            f"train.micro_batch={micro}: expected a divisor of train.batch_size={config.train.batch_size}, so that the batch "
+            "stays what the experiment asks. Set one, or leave it out."
         )
     if config.train.keep_optimizer and config.strategy.name not in ("fedavg", "zeropad"):
         raise ConfigError(
             f"train.keep_optimizer=true: {config.strategy.name} factorises anew each round, so the kept moments would "
             "belong to other coordinates. Set train.keep_optimizer=false, or strategy=fedavg or zeropad."
+        )
+    if config.train.keep_optimizer and config.train.optimizer not in ("auto", "adamw"):
+        raise ConfigError(
+            f"train.keep_optimizer=true: expected train.optimizer=adamw, got {config.train.optimizer}, whose state is not "
+            "carried from round to round. Set train.optimizer=adamw or auto."
         )
     if bool(config.data.prompt_column) != bool(config.data.response_column):
         raise ConfigError(

@@ -149,7 +149,9 @@ def status(run: Run) -> dict[str, Any]:
     records = read_records(run.store.path)
     registered = run.roster.registered()
     clients = []
-    for client, rank in run.store.db.rows("SELECT client_id, rank FROM clients ORDER BY client_id"):
+    for client, rank, number_format in run.store.db.rows(
+        "SELECT client_id, rank, format FROM clients ORDER BY client_id"
+    ):
         silent = run.roster.silent_s(client)
         asked = run.mailbox.unanswered(client)
         training = asked.instruction.round if asked and asked.instruction.kind == "train" else 0
@@ -158,6 +160,7 @@ def status(run: Run) -> dict[str, Any]:
             {
                 "client_id": client,
                 "rank": rank,
+                "format": number_format or None,
                 "registered": client in registered,
                 "silent_s": None if silent == float("inf") else round(silent, 1),
                 "asked": asked.instruction.kind if asked else None,

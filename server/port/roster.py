@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -41,6 +42,21 @@ class Seen:
     step: int = 0
 
 
+@dataclass(frozen=True)
+class Wish:
+    """What a client wants to train, and on what.
+
+    Attributes:
+        rank: Its nominal rank; None for what it is offered.
+        ranks: Module -> rank, where not that of the nominal one in every module.
+        format: Number format of its base, empty where it does not say.
+    """
+
+    rank: int | None = None
+    ranks: Mapping[str, int] | None = None
+    format: str = ""
+
+
 class Roster:
     """The clients of a deployment.
 
@@ -60,16 +76,16 @@ class Roster:
         self._seen: dict[str, Seen] = {}
         self._lock = threading.Lock()
         self._began = clock.monotonic()
-        self._budgets: dict[int, Budget] = {}
+        self._budgets: dict[tuple[int, str], Budget] = {}
         self._changes = {name: TokenBucket(_CHANGES, _CHANGES_PER_S, clock.monotonic) for name in self.offered}
         self._within = set(self.registered())
 
-    def register(self, caller: Caller, rank: int | None, held: int, equal_ranks: bool) -> Budget:
+    def register(self, caller: Caller, wish: Wish, held: int, equal_ranks: bool) -> Budget:
         """Take a client in, or take it up again.
 
         Args:
             caller: Who.
-            rank: That it wants to train; None takes what it is offered.
+            wish: What it wants to train, and on what.
             held: Version of the release that it holds, -1 for none.
             equal_ranks: Whether the strategy needs one rank.
 
@@ -77,36 +93,58 @@ class Roster:
             Its budget.
 
         Raises:
-            ConfigError: If the rank is more than the client may train.
+            ConfigError: If that is more than the client may train.
             Hasty: If the client changes what it said too often.
         """
-        offered = self.offered[caller.name]
-        chosen = offered if rank is None else rank
-        if chosen > offered or (equal_ranks and chosen != offered):
-            bound = "exactly" if equal_ranks else "at most"
-            raise ConfigError(
-                f"client {caller.name}: expected {bound} rank {offered}, got lora.rank={chosen}. "
-                f"Set lora.rank={offered} at the site, or raise clients.ranks at the coordinator."
-            )
-        self._remember(caller, chosen, held)
+        found = self.offer(caller.name, wish, equal_ranks)
+        self._remember(caller, wish, held)
         self._within.add(caller.name)
         self.saw(caller.name)
-        return self._budget(chosen)
+        return found
 
-    def _remember(self, caller: Caller, rank: int, held: int) -> None:
-        certificate = caller.certificate.decode()
-        row = (rank, 1, certificate)
-        known = self._store.db.rows("SELECT rank, present, certificate FROM clients WHERE client_id = ?", caller.name)
+    def offer(self, client_id: str, wish: Wish, equal_ranks: bool) -> Budget:
+        """What a client would hold if it registered so; nothing is remembered.
+
+        Args:
+            client_id: Who.
+            wish: What it wants to train.
+            equal_ranks: Whether the strategy needs one rank.
+
+        Returns:
+            The budget.
+
+        Raises:
+            ConfigError: If that is more than the client may train.
+        """
+        offered = self.offered[client_id]
+        chosen = offered if wish.rank is None else wish.rank
+        if chosen > offered or (equal_ranks and (chosen != offered or wish.ranks is not None)):
+            bound = "exactly" if equal_ranks else "at most"
+            raise ConfigError(
+                f"client {client_id}: expected {bound} rank {offered}, got lora.rank={chosen}. "
+                f"Set lora.rank={offered} at the site, or raise clients.ranks at the coordinator."
+            )
+        return self._budget(chosen, _text(wish.ranks))
+
+    def _remember(self, caller: Caller, wish: Wish, held: int) -> None:
+        certificate, ranks = caller.certificate.decode(), _text(wish.ranks)
+        rank = self.offered[caller.name] if wish.rank is None else wish.rank
+        row = (rank, ranks, wish.format, 1, certificate)
+        known = self._store.db.rows(
+            "SELECT rank, ranks, format, present, certificate FROM clients WHERE client_id = ?", caller.name
+        )
         if known != [row] and not self._changes[caller.name].take():
             raise Hasty(f"client {caller.name}: registered with changes too often. Wait a minute.")
         with self._store.db.change() as connection:
             connection.execute(
-                "INSERT INTO clients VALUES (?, ?, ?, 1, ?) ON CONFLICT (client_id) DO UPDATE SET "
-                "rank = excluded.rank, held = excluded.held, present = 1, certificate = excluded.certificate",
-                (caller.name, rank, held, certificate),
+                "INSERT INTO clients (client_id, rank, ranks, format, held, present, certificate) VALUES (?, ?, ?, ?, ?, 1, ?) "
+                "ON CONFLICT (client_id) DO UPDATE SET rank = excluded.rank, ranks = excluded.ranks, format = excluded.format, "
+                "held = excluded.held, present = 1, certificate = excluded.certificate",
+                (caller.name, rank, ranks, wish.format, held, certificate),
             )
             if known != [row]:
-                self._store.log(connection, "register", client_id=caller.name, certificate=certificate, rank=rank)
+                told = {"rank": rank, "ranks": wish.ranks and dict(wish.ranks), "format": wish.format or None}
+                self._store.log(connection, "register", client_id=caller.name, certificate=certificate, **told)
         self._store.mirror()
 
     def signing_key(self, client_id: str) -> bytes | None:
@@ -167,18 +205,25 @@ class Roster:
 
     def registered(self) -> dict[str, Budget]:
         """Everyone who is in the run now, with what it holds."""
-        found = self._store.db.rows("SELECT client_id, rank FROM clients WHERE present ORDER BY client_id")
-        return {client: self._budget(rank) for client, rank in found}
+        found = self._store.db.rows("SELECT client_id, rank, ranks FROM clients WHERE present ORDER BY client_id")
+        return {client: self._budget(rank, ranks) for client, rank, ranks in found}
 
     def known(self) -> dict[str, Budget]:
         """Everyone who has ever registered."""
-        found = self._store.db.rows("SELECT client_id, rank FROM clients ORDER BY client_id")
-        return {client: self._budget(rank) for client, rank in found}
+        found = self._store.db.rows("SELECT client_id, rank, ranks FROM clients ORDER BY client_id")
+        return {client: self._budget(rank, ranks) for client, rank, ranks in found}
 
-    def _budget(self, rank: int) -> Budget:
-        if rank not in self._budgets:
-            self._budgets[rank] = budget(self._config, self._spec, rank)
-        return self._budgets[rank]
+    def formats(self) -> dict[str, str]:
+        """The number format of each client's base, of those who say it."""
+        return dict(self._store.db.rows("SELECT client_id, format FROM clients WHERE format != '' ORDER BY client_id"))
+
+    def _budget(self, rank: int, ranks: str) -> Budget:
+        if (rank, ranks) not in self._budgets:
+            if len(self._budgets) > 4 * len(self.offered):
+                self._budgets.clear()  # of what clients asked for once
+            chosen = json.loads(ranks) if ranks else None
+            self._budgets[rank, ranks] = budget(self._config, self._spec, rank, chosen)
+        return self._budgets[rank, ranks]
 
     def heard(self, within_s: float) -> dict[str, Budget]:
         """Those of the registered who were heard of lately."""
@@ -230,3 +275,7 @@ class Roster:
                         "again, or lower clients.quorum; nothing is lost."
                     )
             mailbox.wait(0.2)
+
+
+def _text(ranks: Mapping[str, int] | None) -> str:
+    return "" if ranks is None else json.dumps(dict(ranks), sort_keys=True)

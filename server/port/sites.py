@@ -5,17 +5,18 @@ Refusals that come before the round loop are counted here, by round, client and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import grpc
 
 from lamina.protos import coordinator_pb2 as pb
 from lamina.protos import statements as st
+from lamina.protos.config import FORMATS
 from lamina.protos.errors import ConfigError
 from lamina.protos.messages import Instruction, Reply
 from lamina.server.port.access import Caller, refuse
-from lamina.server.port.roster import Hasty
+from lamina.server.port.roster import Hasty, Wish
 from lamina.server.port.run import EARLY, Run, count, verifier
 from lamina.server.port.terms import terms
 from lamina.server.port.uploads import Uploads
@@ -46,24 +47,26 @@ class Sites(Uploads):
         document = self._read(request, st.REGISTER, caller, context)
         try:
             versions = st.field(document, "versions", list)
-            held, rank = st.bounded(document, "held", -1), document.get("rank")
+            held, wish = st.bounded(document, "held", -1), _wish(document)
             if st.field(document, "run_id", str) != run.campaign.run_id:
                 held = -1  # what it holds is of another run
-            if rank is not None:
-                st.bounded(document, "rank", 1)
             if st.PROTOCOL not in versions:
                 raise ConfigError(
                     f"expected protocol {st.PROTOCOL} among the client's, got {str(versions[:8])[:60]}. "
                     "Install a matching version."
                 )
-            budget = run.roster.register(caller, rank, held, run.campaign.strategy.equal_ranks)
+            equal = run.campaign.strategy.equal_ranks
+            if document.get("ask") is True:  # the client sizes itself by the terms before it comes
+                budget = run.roster.offer(caller.name, wish, equal)
+            else:
+                budget = run.roster.register(caller, wish, held, equal)
         except st.BadStatement as error:
             refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ConfigError as error:
             refuse(context, _OUT_OF_TURN, str(error))
         except Hasty as error:
             refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        chosen = rank or run.roster.offered[caller.name]
+        chosen = wish.rank or run.roster.offered[caller.name]
         told = terms(run.config, run.campaign, run.spec, caller.name, chosen, budget, run.consortium)
         return pb.Registered(terms=st.signed(st.TERMS, told, run.sign), certificate=run.certificate)
 
@@ -157,6 +160,20 @@ class Sites(Uploads):
 
     def _end(self, context: Any, error: st.BadStatement) -> NoReturn:
         refuse(context, grpc.StatusCode.INVALID_ARGUMENT, f"{error.reason}: {error}")
+
+
+def _wish(document: Mapping[str, Any]) -> Wish:
+    """What a registration asks for; what was left out is what is offered."""
+    if document.get("rank") is not None:
+        st.bounded(document, "rank", 1)
+    ranks = document.get("ranks")
+    if ranks is not None:
+        for module in st.field(document, "ranks", dict):
+            st.bounded(ranks, module, 1)
+    number_format = document.get("format", "")
+    if number_format not in ("", *FORMATS):
+        raise st.BadStatement("malformed", f"expected format to be one of {', '.join(FORMATS)}, or empty.")
+    return Wish(document.get("rank"), ranks, number_format)
 
 
 def _figures(found: Any) -> dict[str, float]:

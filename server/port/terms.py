@@ -70,6 +70,7 @@ def terms(
         "strategy": campaign.strategy.name,
         "released_view": campaign.strategy.released_view,
         "cohort_at_least": campaign.quorum,
+        "deadline_s": config.clients.deadline_s,
         "budget": budget_document(budget),
         "heartbeat_s": config.wire.heartbeat_s,
         "chunk_bytes": config.wire.chunk_bytes,

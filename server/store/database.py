@@ -12,11 +12,12 @@ from typing import Any
 from lamina.protos.errors import CheckpointError, StorageError
 from lamina.server.store import events
 
-SCHEMA = 1
+SCHEMA = 2
 _TABLES = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS clients (
-  client_id TEXT PRIMARY KEY, rank INTEGER NOT NULL, held INTEGER NOT NULL, present INTEGER NOT NULL, certificate TEXT NOT NULL);
+  client_id TEXT PRIMARY KEY, rank INTEGER NOT NULL, held INTEGER NOT NULL, present INTEGER NOT NULL, certificate TEXT NOT NULL,
+  ranks TEXT NOT NULL, format TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, opened TEXT NOT NULL, closed INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS updates (
   round INTEGER NOT NULL, client_id TEXT NOT NULL, sha256 TEXT NOT NULL, num_bytes INTEGER NOT NULL, claim BLOB NOT NULL,

@@ -18,10 +18,11 @@ from typing import Any, Self
 import grpc
 import pytest
 
-from lamina.client.agent import Agent, Trained
+from lamina.client.agent import Agent
 from lamina.client.listening import Settings
 from lamina.client.policy import Policy
 from lamina.client.spool import Spool
+from lamina.client.work import Trained
 from lamina.protos import coordinator_pb2 as pb
 from lamina.protos.chain import Head
 from lamina.protos.clock import SYSTEM, Clock

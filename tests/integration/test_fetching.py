@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from lamina.client.agent import Trained
+from lamina.client.work import Trained
 from lamina.protos import coordinator_pb2 as pb
 from lamina.protos.clock import SYSTEM
 from lamina.protos.errors import LaminaError

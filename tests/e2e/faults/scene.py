@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lamina.client.agent import Agent, Trained
+from lamina.client.agent import Agent
+from lamina.client.work import Trained
 from lamina.protos.adapter import Adapter
 from lamina.protos.clock import Clock
 from lamina.protos.link import Address, Link
@@ -74,7 +75,7 @@ def fault_free(
     """The adapter of a run in memory; one at a time, since Hydra is one for the process."""
     with _COMPOSING:
         return deployment.fault_free(
-            deployment.words(Path("spec.json"), *given), deployment.spec(modules), without=without
+            deployment.words(Path("spec.json"), *given), schema=deployment.spec(modules), without=without
         )
 
 

@@ -19,8 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as hst
 
-from lamina.client.agent import Trained
 from lamina.client.listening import signer
+from lamina.client.work import Trained
 from lamina.protos import coordinator_pb2 as pb
 from lamina.protos import identity as identities
 from lamina.protos import statements as st

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina.client.agent import Trained
+from lamina.client.work import Trained
 from lamina.protos.clock import Clock
 from lamina.protos.errors import CheckpointError, ConfigError, QuorumNotReached
 from lamina.protos.messages import Instruction

@@ -1,0 +1,239 @@
+"""A site's plan for a run that it is offered: the terms and the site's own settings become what the planner is asked, and its
+plan becomes settings of training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lamina.client.hardware import Profile, num_bytes, profile
+from lamina.client.loading import resolved
+from lamina.client.quantised import copies, formats
+from lamina.client.shape import shape_of
+from lamina.client.sizing.planner import NothingFits, Plan, Wanted, budget_of, document, plan, plan_of, size
+from lamina.protos.config import Config
+from lamina.protos.ranks import uniform
+from lamina.protos.spec import AdapterSpec
+
+# Of these strategies a frozen part comes down beside the trainable one.
+_FROZEN = ("residual", "stack")
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What of a run's terms a plan depends on.
+
+    Attributes:
+        rank: Nominal rank that the site may train.
+        equal_ranks: Whether it must be that rank in every layer.
+        download_rank: Largest rank of the frozen part that comes beside it.
+        deadline_s: Of a round, or None.
+    """
+
+    rank: int
+    equal_ranks: bool = False
+    download_rank: int = 0
+    deadline_s: float | None = None
+
+
+def offer_of(terms: Mapping[str, Any]) -> Offer:
+    """The part of terms that a plan depends on.
+
+    Args:
+        terms: Checked.
+
+    Returns:
+        The offer.
+    """
+    budget, strategy = terms["budget"], terms["strategy"]
+    beside = {module: rank - budget["train"].get(module, 0) for module, rank in budget["download"].items()}
+    return Offer(
+        rank=int(terms["rank"]),
+        equal_ranks=strategy == "fedavg",
+        download_rank=max(beside.values(), default=0) if strategy in _FROZEN else 0,
+        deadline_s=terms.get("deadline_s"),
+    )
+
+
+def wanted_of(config: Config, offer: Offer, spec: AdapterSpec, machine: Profile) -> Wanted:
+    """What the planner is asked.
+
+    Args:
+        config: The site's, with the terms' settings in it.
+        offer: Of the terms.
+        spec: The run's schema.
+        machine: The site's profile.
+
+    Returns:
+        With everything that the site has decided itself.
+
+    Raises:
+        ConfigError: If `client.memory` is no size, or the copy's manifest cannot be read.
+    """
+    train, copy = config.train, copies.read_manifest(resolved(config.model.source))
+    number_format = copy.format if copy else config.quantisation.format
+    only = None
+    if number_format != "auto":
+        compute = config.quantisation.compute
+        if compute == "auto":
+            compute = copy.compute if copy else formats.default_compute(number_format, machine)
+        only = (number_format, compute)
+    return Wanted(
+        rank=offer.rank,
+        batch_size=train.batch_size,
+        accumulation=train.accumulation,
+        max_length=train.max_length,
+        local_steps=train.local_steps,
+        targets=tuple(uniform(spec, offer.rank, config.lora.rank_pattern)),
+        deadline_s=offer.deadline_s,
+        memory_bytes=num_bytes(config.client.memory, "client.memory") if config.client.memory else None,
+        download_rank=offer.download_rank,
+        compensation=copy.compensation if copy else 0,
+        dense=sum(int(np.prod(value.shape)) for value in spec.dense.values()),
+        whole=offer.equal_ranks or config.lora.rank is not None,
+        only=only,
+        micro_batch=train.micro_batch,
+        checkpointing=train.checkpointing,
+        optimizer="adamw" if train.keep_optimizer else None if train.optimizer == "auto" else train.optimizer,
+    )
+
+
+def fitted(config: Config, spec: AdapterSpec, wanted: Wanted, machine: Profile) -> Plan:
+    """The site's plan.
+
+    Args:
+        config: The site's, with the terms' settings in it.
+        spec: The run's schema.
+        wanted: Of `wanted_of`.
+        machine: The site's profile.
+
+    Returns:
+        The plan.
+
+    Raises:
+        NothingFits: If no way to train fits.
+        ConfigError: If the model has no configuration, or a setting is impossible.
+    """
+    shape = shape_of(config.model.source, config.model.revision, config.task, len(spec.labels))
+    return plan(machine, shape, wanted)
+
+
+def tightened(config: Config, spec: AdapterSpec, wanted: Wanted, before: Plan, room: int) -> Plan | None:
+    """A plan that takes less memory for what has begun: ranks, number format and examples stay as they are.
+
+    Args:
+        config: The site's, with the plan in it.
+        spec: The run's schema.
+        wanted: What the plan was made for.
+        before: The plan.
+        room: Bytes that there are.
+
+    Returns:
+        A plan of a smaller peak, or None where there is none.
+
+    Raises:
+        ConfigError: If the model has no configuration by now.
+    """
+    only = (before.format, before.compute)
+    asked = replace(wanted, rank=before.rank, whole=True, only=only, targets=tuple(before.ranks), memory_bytes=room)
+    try:
+        found = fitted(config, spec, asked, replace(profile(config.train.device), free_bytes=2 * room))
+    except NothingFits:
+        return None
+    return found if found.max_length == before.max_length and found.peak_bytes < before.peak_bytes else None
+
+
+def to_keep(wanted: Wanted, chosen: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """What a site keeps of its plan, so that it asks for the same when it is started again.
+
+    Args:
+        wanted: What the plan was made for.
+        chosen: The plan.
+        ranks: Module -> rank, as it registered.
+
+    Returns:
+        JSON values.
+    """
+    return {"wanted": repr(wanted), "plan": document(chosen), "ranks": dict(ranks)}
+
+
+def known_plan(kept: Mapping[str, Any] | None, wanted: Wanted, machine: Profile) -> tuple[Plan, dict[str, int]] | None:
+    """A plan that was kept, where the same is wanted and it still fits.
+
+    Args:
+        kept: Of `to_keep`, or None.
+        wanted: What is wanted now.
+        machine: The site's profile now.
+
+    Returns:
+        The plan and the ranks that the site registered, or None where it must plan anew.
+    """
+    if kept is None or kept.get("wanted") != repr(wanted):
+        return None
+    try:
+        found, ranks = plan_of(kept["plan"]), {str(module): int(rank) for module, rank in kept["ranks"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return (found, ranks) if found.peak_bytes <= budget_of(machine, wanted) else None
+
+
+def applied(config: Config, chosen: Plan) -> Config:
+    """A site's config with a plan in it.
+
+    Args:
+        config: Without.
+        chosen: The plan.
+
+    Returns:
+        With format, micro-batch, checkpointing, optimizer and length; evaluation takes no larger batches than training where
+        memory is short.
+    """
+    train = replace(
+        config.train,
+        micro_batch=math.gcd(chosen.micro_batch, config.train.batch_size),
+        checkpointing=chosen.checkpointing,
+        optimizer=chosen.optimizer,
+        max_length=chosen.max_length,
+    )
+    short = chosen.checkpointing or chosen.micro_batch < config.train.batch_size
+    batch = min(config.evaluate.batch_size, chosen.micro_batch) if short else config.evaluate.batch_size
+    return replace(
+        config,
+        train=train,
+        evaluate=replace(config.evaluate, batch_size=batch),
+        quantisation=replace(config.quantisation, format=chosen.format, compute=chosen.compute),
+    )
+
+
+def line(chosen: Plan) -> str:
+    """A plan in a line.
+
+    Args:
+        chosen: The plan.
+
+    Returns:
+        For a log.
+    """
+    batch = f"{chosen.micro_batch} x {chosen.accumulation} examples of {chosen.max_length} tokens"
+    again = ", activations computed again" if chosen.checkpointing else ""
+    return (
+        f"plan: {chosen.format} base, rank {chosen.rank} on {chosen.modules} layers, {batch}{again}, {chosen.optimizer}: "
+        f"{size(chosen.peak_bytes)} of {size(chosen.budget_bytes)}"
+    )
+
+
+def coarse(ranks: Mapping[str, int]) -> dict[str, int]:
+    """Ranks that say less of a site: each rounded down to a power of two.
+
+    Args:
+        ranks: Module -> rank, at least 1 each.
+
+    Returns:
+        The same modules.
+    """
+    return {module: 1 << (rank.bit_length() - 1) for module, rank in ranks.items()}
