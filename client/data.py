@@ -16,8 +16,11 @@ from lamina.client.rows import Row
 from lamina.protos.config import DataConfig
 from lamina.protos.errors import DataError
 
+Ids = NDArray[np.int32]
+_AT_A_TIME = 64
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Example:
     """One training example.
 
@@ -27,7 +30,7 @@ class Example:
         label: Class index, or -1 for causal-lm.
     """
 
-    tokens: NDArray[np.int32]
+    tokens: Ids
     targets: NDArray[np.bool_]
     label: int = -1
 
@@ -72,22 +75,23 @@ class Encoder:
             return self._windows(rows)
         return [example for example in made if example.targets.any()]
 
-    def _tokens(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            [_encodable(text) for text in texts], add_special_tokens=special, truncation=False, verbose=False
-        )["input_ids"]
-        return [list(ids) for ids in encoded]
+    def _tokens(self, texts: Sequence[str], **how: Any) -> list[Ids]:
+        """Some texts at a time, as a tokenizer's answer takes a hundred times the memory of its ids."""
+        found: list[Ids] = []
+        for start in range(0, len(texts), _AT_A_TIME):
+            some = [_encodable(text) for text in texts[start : start + _AT_A_TIME]]
+            encoded = self.tokenizer(some, **{"add_special_tokens": False, "verbose": False, **how})["input_ids"]
+            found.extend(np.asarray(ids, np.int32) for ids in encoded)
+        return found
 
-    def _end(self) -> list[int]:
+    def _end(self) -> Ids:
         end = self.tokenizer.eos_token_id
-        return [] if end is None else [int(end)]
+        return np.asarray([] if end is None else [int(end)], np.int32)
 
     def _windows(self, rows: Sequence[Row]) -> list[Example]:
         examples = []
         for ids in self._tokens([str(row[self.config.text_column]) for row in rows]):
-            whole = ids + self._end()
+            whole = np.concatenate([ids, self._end()])
             for start in range(0, len(whole), self.max_length):
                 window = whole[start : start + self.max_length]
                 if len(window) >= 2:
@@ -99,7 +103,7 @@ class Encoder:
         responses = self._tokens([str(row[self.config.response_column]) for row in rows])
         examples = []
         for prompt, response in zip(self._tokens(prompts), responses, strict=True):
-            ids = (prompt + response + self._end())[: self.max_length]
+            ids = np.concatenate([prompt, response, self._end()])[: self.max_length]
             positions = np.arange(len(ids))
             examples.append(
                 _example(ids, positions > 0 if self.config.loss_on == "all" else positions >= max(1, len(prompt)))
@@ -128,12 +132,8 @@ class Encoder:
 
     def _labelled(self, rows: Sequence[Row]) -> list[Example]:
         index = {label: number for number, label in enumerate(self.labels)}
-        texts = [_encodable(str(row[self.config.text_column])) for row in rows]
-        encoded = (
-            self.tokenizer(texts, truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
-            if texts
-            else []
-        )
+        texts = [str(row[self.config.text_column]) for row in rows]
+        encoded = self._tokens(texts, add_special_tokens=True, truncation=True, max_length=self.max_length)
         examples = []
         for number, (row, ids) in enumerate(zip(rows, encoded, strict=True), 1):
             label = index.get(str(row[self.config.label_column]))
@@ -142,7 +142,7 @@ class Encoder:
                     f"data.label_column={self.config.label_column}: the label of row {number} is not in data.labels "
                     f"({len(self.labels)} labels). Add it there, or leave data.labels empty in a simulation."
                 )
-            examples.append(Example(np.asarray(ids, np.int32), np.zeros(len(ids), bool), label))
+            examples.append(Example(ids, np.zeros(len(ids), bool), label))
         return examples
 
 
@@ -151,8 +151,8 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _example(ids: Sequence[int], targets: NDArray[np.bool_]) -> Example:
-    return Example(np.asarray(ids, np.int32), np.asarray(targets, bool))
+def _example(ids: Sequence[int] | Ids, targets: NDArray[np.bool_]) -> Example:
+    return Example(np.array(ids, np.int32), np.asarray(targets, bool))  # a copy: a window keeps no whole text alive
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], NDArray[np.bool_]]:

@@ -17,7 +17,7 @@ from lamina.client.frozen import Frozen
 from lamina.client.model import Base, put, take
 from lamina.client.train import Task, completed, train
 from lamina.protos import seeds
-from lamina.protos.adapter import Adapter, is_finite
+from lamina.protos.adapter import EMPTY, Adapter, is_finite
 from lamina.protos.blobs import blob
 from lamina.protos.codec import WireFormat, encode_update, loaded, opened
 from lamina.protos.config import TrainConfig
@@ -101,6 +101,9 @@ def respond(
     task = Task(site.client_id, instruction.round, site.rounds, site.seed, site.train)
     start = completed(release, site.budget.train, site.budget.scale, task, base)
     put(base, start, beside)
+    del release
+    if site.train.proximal == 0:
+        start = EMPTY  # it is in the slots; nothing else of it is held while memory is at its peak
     metrics, optimizer = train(base, site.examples, task, start, state.optimizer or None, progress)
     adapter = take(base)
     if not is_finite(adapter):

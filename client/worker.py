@@ -16,16 +16,16 @@ from safetensors.numpy import save as save_tensors
 
 from lamina.client import frozen as frozen_part
 from lamina.client import policy as policies
-from lamina.client.data import Encoder, Example, examples_of
+from lamina.client.data import Example
 from lamina.client.evaluate import score
 from lamina.client.hardware import host_memory, profile
 from lamina.client.listening import Wish
-from lamina.client.loading import BaseOptions, check_length, load_base, resolved
+from lamina.client.loading import BaseOptions, check_length, load_base, load_tokenizer, resolved
 from lamina.client.model import Base, put
+from lamina.client.own import OwnExamples, own_examples
 from lamina.client.participant import ClientState, Site, received, respond
 from lamina.client.policy import Policy
 from lamina.client.quantised import copies, selftest
-from lamina.client.rows import check_columns, load_rows, text_columns
 from lamina.client.sizing import resident
 from lamina.client.sizing.fitting import (
     Offer,
@@ -40,7 +40,6 @@ from lamina.client.sizing.fitting import (
     wanted_of,
 )
 from lamina.client.sizing.planner import SHARE, Plan, Wanted, size
-from lamina.client.split import parts
 from lamina.client.work import Sized, Trained
 from lamina.protos import compose
 from lamina.protos.adapter import Adapter
@@ -65,11 +64,12 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Fit:
-    """A plan, and what it was made for."""
+    """A plan, what it was made for, and what was held besides when it was made."""
 
     run_id: str
     wanted: Wanted
     plan: Plan
+    held: int
 
 
 class SiteWorker:
@@ -85,6 +85,7 @@ class SiteWorker:
         self._config, self._policy, self._say = config, policy, say
         self._imports = resident.now()
         self._fit: _Fit | None = None
+        self._data: tuple[tuple[Any, ...], OwnExamples] | None = None
         self._base: Base | None = None
         self._loaded: tuple[Any, ...] = ()
         self._run: _Run | None = None
@@ -108,15 +109,17 @@ class SiteWorker:
             ConfigError: If the site's model or settings are impossible.
         """
         config = compose.with_values(self._config, terms["task"])
+        self._examples(config, spec)
         machine, offer = profile(config.train.device), offer_of(terms)
-        wanted = wanted_of(config, offer, spec, machine)
+        held = max(0, resident.now() - self._imports) if machine.kind == "cpu" else 0
+        wanted = wanted_of(config, offer, spec, machine, held)
         known = known_plan(kept, wanted, machine)
         if known is not None:
             chosen, ranks = known
         else:
             chosen = fitted(config, spec, wanted, machine)
             ranks = self._ranks(applied(config, chosen), chosen, offer, spec, str(terms["client_id"]))
-        self._fit = _Fit(str(terms["run_id"]), wanted, chosen)
+        self._fit = _Fit(str(terms["run_id"]), wanted, chosen, held)
         self._say(line(chosen))
         told = chosen.format if self._policy.leave.format == "exact" else ""
         wish = Wish(self._config.lora.rank, ranks, told)
@@ -135,8 +138,7 @@ class SiteWorker:
 
             check_public(config)
             base = self._with_base(config, spec)
-            examples, _ = self._examples(config, spec, base)
-            ranks = chosen_ranks(config, base, examples, chosen.rank, client_id)
+            ranks = chosen_ranks(config, base, self._examples(config, spec).train, chosen.rank, client_id)
         return coarse(ranks) if self._policy.leave.rank == "coarse" else ranks
 
     def begin(self, terms: Mapping[str, Any], spec: AdapterSpec, state: Mapping[str, bytes], version: int) -> None:
@@ -160,18 +162,18 @@ class SiteWorker:
                 give_back(1)  # left to itself, the C library holds up to twice of what is planned
         if config.threads:
             torch.set_num_threads(config.threads)
-        base = self._with_base(config, spec)
-        train, held_out = self._examples(config, spec, base)
+        self._with_base(config, spec)
+        examples = self._examples(config, spec)
         site = Site(
             client_id=str(terms["client_id"]),
-            examples=train,
+            examples=examples.train,
             budget=budget_of(terms["budget"]),
             train=config.train,
             rounds=int(terms["rounds"]),
             wire=config.wire.format,  # type: ignore[arg-type]
             seed=config.seed,
         )
-        self._run = _Run(config, site, held_out)
+        self._run = _Run(config, site, examples.held_out)
         self._state = restored(state, version)
         self._shared = {} if self._state.frozen is None else {self._state.frozen.digest: self._state.frozen}
 
@@ -222,22 +224,16 @@ class SiteWorker:
                 f"model.source={source}, SHA-256 {copy.digest}. Take a copy that is trusted, or list this one."
             )
 
-    def _examples(self, config: Config, spec: AdapterSpec, base: Base) -> tuple[list[Example], list[Example]]:
-        data, columns = config.data, text_columns(config.data, config.task)
-        self._say(f"reading {data.source}")
-        rows = load_rows(data.source, data)
-        check_columns(rows, columns, f"data.source={data.source}")
-        train, tune, test = parts(rows, data, config.task)
-        held_rows = tune if config.evaluate.split == "tune" else test
-        encoder = Encoder(base.tokenizer, data, config.task, spec.labels, config.train.max_length)
-        examples = examples_of(encoder, train, data.source, "train")
-        if len(train) < config.partition.min_examples:
-            raise DataError(
-                f"data.source={data.source}: expected at least {config.partition.min_examples} training rows, got {len(train)}."
-            )
-        held_out = encoder.examples(held_rows)[: config.evaluate.max_examples]
-        self._say(f"{len(examples)} training examples, {len(held_out)} held out")
-        return examples, held_out
+    def _examples(self, config: Config, spec: AdapterSpec) -> OwnExamples:
+        """The site's examples, made once for one length; before there is a base, so that a plan sees what they take."""
+        key = (config.task, spec.labels, str(config.data), config.train.max_length, config.evaluate.split)
+        if self._data is None or self._data[0] != key:
+            self._say(f"reading {config.data.source}")
+            tokenizer = load_tokenizer(resolved(config.model.source), config.model.revision)
+            self._data = (key, own_examples(config, spec.labels, tokenizer))
+            found = self._data[1]
+            self._say(f"{len(found.train)} training examples, {len(found.held_out)} held out")
+        return self._data[1]
 
     def train(self, instruction: Instruction, progress: Callable[[int], None]) -> Trained:
         """Train from a release.
@@ -281,7 +277,7 @@ class SiteWorker:
         """A smaller plan where less is free by now than when it was made."""
         if self._fit is None or self._begun()[1].device.type != "cpu" or not resident.now():
             return
-        held = max(0, resident.now() - self._imports)
+        held = max(0, resident.now() - self._imports - self._fit.held)
         room = held + int(SHARE * host_memory()[1])
         if room < self._fit.plan.peak_bytes:
             self._tighten(run, room)
@@ -303,7 +299,7 @@ class SiteWorker:
         peak = int(update.metrics.get("peak_bytes", 0))
         if peak and self._fit is not None:
             took = peak if base.device.type == "cuda" else peak - self._imports
-            planned = sum(self._fit.plan.terms.values())
+            planned = self._fit.held + sum(self._fit.plan.terms.values())
             self._say(f"round {update.round}: peak memory {size(took)}, predicted {size(planned)}")
 
     def measure(self, instruction: Instruction) -> dict[str, float]:

@@ -60,7 +60,7 @@ def offer_of(terms: Mapping[str, Any]) -> Offer:
     )
 
 
-def wanted_of(config: Config, offer: Offer, spec: AdapterSpec, machine: Profile) -> Wanted:
+def wanted_of(config: Config, offer: Offer, spec: AdapterSpec, machine: Profile, held: int = 0) -> Wanted:
     """What the planner is asked.
 
     Args:
@@ -68,6 +68,7 @@ def wanted_of(config: Config, offer: Offer, spec: AdapterSpec, machine: Profile)
         offer: Of the terms.
         spec: The run's schema.
         machine: The site's profile.
+        held: Bytes beside the imports that this process holds already, for its data; they count against `client.memory`.
 
     Returns:
         With everything that the site has decided itself.
@@ -91,7 +92,7 @@ def wanted_of(config: Config, offer: Offer, spec: AdapterSpec, machine: Profile)
         local_steps=train.local_steps,
         targets=tuple(uniform(spec, offer.rank, config.lora.rank_pattern)),
         deadline_s=offer.deadline_s,
-        memory_bytes=num_bytes(config.client.memory, "client.memory") if config.client.memory else None,
+        memory_bytes=max(0, num_bytes(config.client.memory, "client.memory") - held) if config.client.memory else None,
         download_rank=offer.download_rank,
         compensation=copy.compensation if copy else 0,
         dense=sum(int(np.prod(value.shape)) for value in spec.dense.values()),
@@ -159,7 +160,7 @@ def to_keep(wanted: Wanted, chosen: Plan, ranks: Mapping[str, int]) -> dict[str,
     Returns:
         JSON values.
     """
-    return {"wanted": repr(wanted), "plan": document(chosen), "ranks": dict(ranks)}
+    return {"wanted": _question(wanted), "plan": document(chosen), "ranks": dict(ranks)}
 
 
 def known_plan(kept: Mapping[str, Any] | None, wanted: Wanted, machine: Profile) -> tuple[Plan, dict[str, int]] | None:
@@ -173,13 +174,18 @@ def known_plan(kept: Mapping[str, Any] | None, wanted: Wanted, machine: Profile)
     Returns:
         The plan and the ranks that the site registered, or None where it must plan anew.
     """
-    if kept is None or kept.get("wanted") != repr(wanted):
+    if kept is None or kept.get("wanted") != _question(wanted):
         return None
     try:
         found, ranks = plan_of(kept["plan"]), {str(module): int(rank) for module, rank in kept["ranks"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
     return (found, ranks) if found.peak_bytes <= budget_of(machine, wanted) else None
+
+
+def _question(wanted: Wanted) -> str:
+    """What is wanted, but for the memory that there is for it."""
+    return repr(replace(wanted, memory_bytes=None))
 
 
 def applied(config: Config, chosen: Plan) -> Config:

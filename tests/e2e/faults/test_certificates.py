@@ -350,7 +350,7 @@ def test_an_upload_is_cut_when_its_sender_is_revoked(tmp_path: Path, stalled: bo
             end(running, who["op"])
     (record,) = run_directory.read_records(running.path)
     assert record["clients"] == ["north", "south"]
-    assert same_bits(deployment.final(running.path), deployment.fault_free(words, schema, without=[("west", 1)]))
+    assert same_bits(deployment.final(running.path), deployment.fault_free(words, schema=schema, without=[("west", 1)]))
 
 
 def test_a_list_that_cannot_be_trusted_leaves_the_last_in_force(tmp_path: Path) -> None:
