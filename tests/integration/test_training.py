@@ -90,6 +90,41 @@ def test_accumulated_batches_give_the_gradient_of_one(base: Base, monkeypatch: p
     assert figures["tokens"] == other["tokens"] == sum(int(example.targets.sum()) for example in uneven())
 
 
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_a_batch_in_pieces_gives_the_gradient_of_the_whole(
+    base: Base, monkeypatch: pytest.MonkeyPatch, micro: int
+) -> None:
+    plain_descent(monkeypatch)
+    whole, figures = stepped(base, settings(batch_size=4, accumulation=2), uneven())
+    pieces, other = stepped(base, settings(batch_size=4, accumulation=2, micro_batch=micro), uneven())
+    assert other["train_loss"] == pytest.approx(figures["train_loss"], rel=1e-6)
+    assert other["tokens"] == figures["tokens"]
+    for name, factors in whole.lora.items():
+        np.testing.assert_allclose(pieces.lora[name].A, factors.A, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(pieces.lora[name].B, factors.B, rtol=0, atol=2e-6)
+
+
+def test_activations_that_are_computed_again_are_the_same(base: Base) -> None:
+    kept, figures = stepped(base, settings(local_steps=2, checkpointing=False), uneven())
+    again, other = stepped(base, settings(local_steps=2, checkpointing=True), uneven())
+    assert base.model.get_base_model().is_gradient_checkpointing
+    stepped(base, settings(checkpointing=False), uneven())
+    assert not base.model.get_base_model().is_gradient_checkpointing
+    assert other["train_loss"] == figures["train_loss"]
+    for name, factors in kept.lora.items():
+        np.testing.assert_array_equal(again.lora[name].A, factors.A)
+        np.testing.assert_array_equal(again.lora[name].B, factors.B)
+
+
+def test_moments_in_8_bits_descend_as_others_do(base: Base) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = settings(local_steps=12, batch_size=8, learning_rate=5e-3)
+    _, plain = stepped(base, config, uneven())
+    _, short = stepped(base, replace(config, optimizer="adamw8bit"), uneven())
+    _, still = stepped(base, replace(config, learning_rate=1e-9), uneven())
+    assert short["train_loss"] < still["train_loss"] - 0.5 * (still["train_loss"] - plain["train_loss"])
+
+
 def test_the_training_loss_is_a_mean_over_tokens(base: Base) -> None:
     put(base, started(base), None)
     nats = [score(base, [example], 1) for example in uneven()]

@@ -1,0 +1,229 @@
+"""A site's worker plans by what it is offered, and by what it can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lamina.client import participant
+from lamina.client import worker as module
+from lamina.client.failures import failure_code
+from lamina.client.hardware import profile
+from lamina.client.loading import BaseOptions, load_base
+from lamina.client.policy import Leave, Policy
+from lamina.client.shape import shape_of
+from lamina.client.sizing import planner
+from lamina.client.sizing.planner import NothingFits, Plan
+from lamina.client.work import Sized
+from lamina.client.worker import SiteWorker
+from lamina.protos import compose, ranks
+from lamina.protos.blobs import blob
+from lamina.protos.codec import decode, encode
+from lamina.protos.errors import PolicyRefused
+from lamina.protos.messages import Instruction
+from lamina.protos.spec import AdapterSpec
+from lamina.server import campaign as campaigns
+from lamina.server.port.terms import terms as terms_of
+
+OFFERED = 16
+TASK = (
+    "train.local_steps=2",
+    "train.batch_size=8",
+    "train.max_length=32",
+    f"clients.ranks={OFFERED}",
+    "clients.count=1",
+)
+
+
+@pytest.fixture(scope="module")
+def schema() -> AdapterSpec:
+    return load_base(BaseOptions("tiny", device="cpu")).spec
+
+
+@pytest.fixture(autouse=True)
+def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites that hold nothing yet, so that what there is for a plan is what the test says."""
+    monkeypatch.setattr(module.resident, "now", lambda: 0)
+
+
+@pytest.fixture
+def rows(tmp_path: Any) -> Any:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"text": "def number_{n}(): return {n} + {n * n}"}}\n' for n in range(80)))
+    return path
+
+
+def offered(schema: AdapterSpec, *more: str, chosen: Mapping[str, int] | None = None) -> dict[str, Any]:
+    config = compose.from_words([*TASK, *more])
+    campaign = campaigns.campaign(config, schema, campaigns.budgets(config, schema), "run")
+    return terms_of(config, campaign, blob(b"{}"), "0", OFFERED, campaigns.budget(config, schema, OFFERED, chosen), "")
+
+
+def worker(rows: Any, *words: str, policy: Policy | None = None, said: list[str] | None = None) -> SiteWorker:
+    config = compose.from_words([f"data.source={rows}", "train.device=cpu", *words])
+    return SiteWorker(config, policy or Policy(), (said if said is not None else []).append)
+
+
+def memory_of(schema: AdapterSpec, rows: Any, fits: Callable[[Plan], bool]) -> int:
+    """Bytes with which a site's plan is so, near the most."""
+    one = worker(rows)
+    one.size(offered(schema), schema, None)
+    assert one._fit is not None
+    wanted, shape = one._fit.wanted, shape_of("tiny")
+    for number in range(200 * 10**6, 10**6, -(10**5)):
+        try:
+            found = planner.plan(profile("cpu"), shape, replace(wanted, memory_bytes=number))
+        except NothingFits:
+            break
+        if fits(found):
+            return number
+    raise AssertionError("no memory gives such a plan")
+
+
+def plan_of(one: SiteWorker) -> Plan:
+    assert one._fit is not None
+    return one._fit.plan
+
+
+def trained(one: SiteWorker, schema: AdapterSpec, sized: Sized, *more: str) -> dict[str, Any]:
+    """Begin, train a round, and give the update's ranks and all that was sent."""
+    told = offered(schema, *more, chosen=sized.kept["ranks"])
+    one.begin(told, schema, {}, -1)
+    found = one.train(instruction(schema), lambda step: None)
+    update = decode(found.update)
+    return {module: factors.rank for module, factors in update.lora.items()}
+
+
+def instruction(schema: AdapterSpec) -> Instruction:
+    from lamina.protos.adapter import EMPTY
+
+    release = blob(encode(EMPTY, "fp32", np.random.default_rng(0)))
+    return Instruction("run", 1, "0", release, None, 0)
+
+
+def test_with_room_the_offer_is_taken_as_it_is(schema: AdapterSpec, rows: Any) -> None:
+    one = worker(rows)
+    sized = one.size(offered(schema), schema, None)
+    assert (sized.wish.rank, sized.wish.ranks) == (None, None)
+    assert sized.wish.format == "fp32"
+    assert (plan_of(one).micro_batch, plan_of(one).accumulation, plan_of(one).checkpointing) == (8, 1, False)
+
+
+def test_a_site_with_little_room_registers_what_it_then_trains(schema: AdapterSpec, rows: Any) -> None:
+    said: list[str] = []
+    number = memory_of(schema, rows, lambda found: found.rank < OFFERED)
+    one = worker(rows, f"client.memory={number}", said=said)
+    sized = one.size(offered(schema), schema, None)
+    assert sized.wish.ranks is not None
+    ranks.check(schema, sized.wish.ranks, OFFERED, {}, "uniform")
+    found = plan_of(one)
+    assert found.peak_bytes <= found.budget_bytes == number
+    assert found.micro_batch * found.accumulation == 8
+    assert trained(one, schema, sized) == dict(sized.wish.ranks)
+    assert any(line.startswith("round 1: peak memory") and "predicted" in line for line in said)
+
+
+def test_a_site_that_can_hold_nothing_says_the_smallest_that_there_is(schema: AdapterSpec, rows: Any) -> None:
+    with pytest.raises(NothingFits, match="The smallest that there is"):
+        worker(rows, "client.memory=20MB").size(offered(schema), schema, None)
+
+
+def test_what_was_kept_is_taken_again_as_long_as_it_fits(schema: AdapterSpec, rows: Any) -> None:
+    less = memory_of(schema, rows, lambda found: found.rank < OFFERED)
+    first = worker(rows, f"client.memory={less}").size(offered(schema), schema, None)
+    again = worker(rows, "client.memory=2GB").size(offered(schema), schema, first.kept)
+    assert again == first
+    other_question = worker(rows, "client.memory=2GB").size(offered(schema, "train.max_length=16"), schema, first.kept)
+    assert other_question.wish.ranks is None
+    least = memory_of(schema, rows, lambda found: found.rank < OFFERED // 2)
+    tighter = worker(rows, f"client.memory={least}").size(offered(schema), schema, first.kept)
+    assert ranks.numbers(schema, tighter.kept["ranks"]) < ranks.numbers(schema, first.kept["ranks"])
+    damaged = worker(rows).size(offered(schema), schema, {**first.kept, "plan": {"format": 3}})
+    assert damaged.wish.ranks is None
+
+
+def test_only_ranks_and_format_leave_and_as_coarse_as_the_policy_says(schema: AdapterSpec, rows: Any) -> None:
+    policy = Policy(leave=Leave(rank="coarse", format="hidden"))
+    one = worker(rows, policy=policy)
+    told = offered(schema)
+    sized = one.size({**told, "rank": 11}, schema, None)
+    assert sized.wish.format == ""
+    assert set((sized.wish.ranks or {}).values()) == {8}
+    assert set(vars(sized.wish)) == {"rank", "ranks", "format"}
+
+
+def test_a_copy_that_is_not_trusted_is_not_loaded(schema: AdapterSpec, rows: Any, tmp_path: Any) -> None:
+    from lamina.client.quantised import copies
+    from lamina.client.quantised.making import Wanted, make
+
+    make(Wanted("tiny", tmp_path / "copy", "nf4", "fp32"), lambda text: None)
+    digest = copies.read(tmp_path / "copy").digest
+    for listed, refused in (((), False), ((digest,), False), (("ab" * 32,), True)):
+        one = worker(rows, f"model.source={tmp_path / 'copy'}", policy=Policy(manifests=listed))
+        sized = one.size(offered(schema), schema, None)
+        assert sized.wish.format == "nf4"
+        if refused:
+            with pytest.raises(PolicyRefused, match="whose manifest is listed"):
+                one.begin(offered(schema), schema, {}, -1)
+        else:
+            one.begin(offered(schema), schema, {}, -1)
+
+
+def test_after_running_out_of_memory_the_next_round_takes_less(
+    schema: AdapterSpec, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    one = worker(rows, said=said)
+    sized = one.size(offered(schema), schema, None)
+    one.begin(offered(schema), schema, {}, -1)
+    before = plan_of(one)
+
+    def full(*given: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to …")
+
+    honest: Callable[..., Any] = participant.respond
+    monkeypatch.setattr(module, "respond", full)
+    with pytest.raises(MemoryError) as caught:
+        one.train(instruction(schema), lambda step: None)
+    assert failure_code(caught.value) == "out-of-memory"
+    after = plan_of(one)
+    assert after.peak_bytes <= 0.8 * before.peak_bytes
+    assert (after.rank, after.format, after.max_length) == (before.rank, before.format, before.max_length)
+    assert after.micro_batch * after.accumulation == before.micro_batch * before.accumulation
+    monkeypatch.setattr(module, "respond", honest)
+    found = decode(one.train(instruction(schema), lambda step: None).update)
+    assert {name: factors.rank for name, factors in found.lora.items()} == sized.kept["ranks"]
+
+
+def test_an_error_that_is_not_about_memory_stays_what_it_is(
+    schema: AdapterSpec, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = worker(rows)
+    one.size(offered(schema), schema, None)
+    one.begin(offered(schema), schema, {}, -1)
+
+    def broken(*given: Any) -> Any:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(module, "respond", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        one.train(instruction(schema), lambda step: None)
+
+
+def test_where_less_is_free_at_a_round_than_was_planned_with_the_plan_shrinks(
+    schema: AdapterSpec, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = worker(rows)
+    one.size(offered(schema), schema, None)
+    one.begin(offered(schema), schema, {}, -1)
+    before = plan_of(one)
+    monkeypatch.setattr(module, "host_memory", lambda: (10**9, 0))
+    monkeypatch.setattr(module.resident, "now", lambda: one._imports + one._fit.held + int(0.9 * before.peak_bytes))  # type: ignore[union-attr]
+    one.train(instruction(schema), lambda step: None)
+    after = plan_of(one)
+    assert after.peak_bytes <= 0.9 * before.peak_bytes
+    assert replace(after, ranks={}).rank == before.rank
