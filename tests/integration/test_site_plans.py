@@ -16,7 +16,7 @@ from lamina.client.hardware import profile
 from lamina.client.loading import BaseOptions, load_base
 from lamina.client.policy import Leave, Policy
 from lamina.client.shape import shape_of
-from lamina.client.sizing import planner
+from lamina.client.sizing import planner, resident
 from lamina.client.sizing.planner import NothingFits, Plan
 from lamina.client.work import Sized
 from lamina.client.worker import SiteWorker
@@ -47,7 +47,7 @@ def schema() -> AdapterSpec:
 @pytest.fixture(autouse=True)
 def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sites that hold nothing yet, so that what there is for a plan is what the test says."""
-    monkeypatch.setattr(module.resident, "now", lambda: 0)
+    monkeypatch.setattr(resident, "now", lambda: 0)
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_where_less_is_free_at_a_round_than_was_planned_with_the_plan_shrinks(
     one.begin(offered(schema), schema, {}, -1)
     before = plan_of(one)
     monkeypatch.setattr(module, "host_memory", lambda: (10**9, 0))
-    monkeypatch.setattr(module.resident, "now", lambda: one._imports + one._fit.held + int(0.9 * before.peak_bytes))  # type: ignore[union-attr]
+    monkeypatch.setattr(resident, "now", lambda: one._imports + one._fit.held + int(0.9 * before.peak_bytes))
     one.train(instruction(schema), lambda step: None)
     after = plan_of(one)
     assert after.peak_bytes <= 0.9 * before.peak_bytes
