@@ -463,7 +463,7 @@ def _with_slots(
     return base
 
 
-def _mend(layer: torch.nn.Linear, dtype: torch.dtype) -> None:
+def _mend(layer: Any, dtype: torch.dtype) -> None:
     """Let a layer of bitsandbytes train as it should; another is left as it is."""
     if hasattr(layer, "support_avx512bf16_for_cpu"):
         # Else an evaluation packs the weights for a kernel that has no gradient, and training goes on with wrong ones.
