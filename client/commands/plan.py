@@ -127,7 +127,7 @@ def probed(machine: Profile, source: str, wanted: Wanted) -> Profile:
         With speed and overhead of every number format that trains here.
     """
     from lamina.client.shape import shape_of
-    from lamina.client.sizing.memory import RUNTIME_BYTES, Step, peak_bytes
+    from lamina.client.sizing.memory import RUNTIME_BYTES, Step, peak_bytes, terms
     from lamina.client.sizing.planner import choices_of, read_bytes
     from lamina.client.sizing.probe import Trial, measure, speed
 
@@ -148,8 +148,9 @@ def probed(machine: Profile, source: str, wanted: Wanted) -> Profile:
             number_format, compute, ranks, found[1].tokens, formats=wanted.module_formats, file_bytes=file_bytes
         )
         speeds[number_format] = speed(found[0], found[1])
-        beyond = found[1].increment_bytes - peak_bytes(shape, step, 0)
-        overheads[number_format] = max(RUNTIME_BYTES // 2, beyond)
+        counted = peak_bytes(shape, step, 0)
+        if counted <= sum(terms(shape, step, 0).values()):  # else the peak was at loading and says nothing of a step's
+            overheads[number_format] = max(RUNTIME_BYTES // 2, found[1].increment_bytes - counted)
     return replace(machine, speeds=speeds, overhead_bytes=overheads, failed=tuple(failed))
 
 
