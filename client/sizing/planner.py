@@ -334,10 +334,14 @@ def _why_not(smallest: Plan, slow: Plan | None, wanted: Wanted) -> str:
             f"plan: expected a round within {wanted.deadline_s:g} s, the best that fits takes {slow.seconds:.0f} s. Ask the "
             "coordinator for fewer train.local_steps or a longer clients.deadline_s."
         )
+    reading = smallest.peak_bytes > SAFETY * sum(smallest.terms.values()) + 1
+    remedy = "Take a smaller model, or free memory."
+    if reading:
+        remedy = "Most of it is to read the full-precision file beside it: make a copy where there is room (`lamina quantise`)."
     return (
         f"plan: expected room for {size(smallest.peak_bytes)}, there is {size(smallest.budget_bytes)}. The smallest that there "
         f"is: {smallest.format} base, rank {smallest.rank} on the {smallest.modules} layers, {smallest.max_length} tokens. "
-        "Take a smaller model, or free memory."
+        + remedy
     )
 
 
