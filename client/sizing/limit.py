@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 from lamina.client.hardware import groups, status_bytes, upward
-from lamina.client.sizing.resident import resident_bytes
 from lamina.protos.errors import ConfigError
 
 CONTROL_GROUP, DATA_LIMIT = "control group", "RLIMIT_DATA"
@@ -39,7 +38,9 @@ def limit_increment(num_bytes: int) -> str:
     """
     if num_bytes < 1:
         raise ConfigError(f"memory limit: expected at least 1 byte, got {num_bytes}.")
-    before = resident_bytes()
+    before = status_bytes("VmRSS")
+    if before is None:
+        raise ConfigError("memory limit: this system does not say what a process holds. A limit needs Linux.")
     watch = threading.Thread(target=_watch, args=(before + num_bytes, num_bytes), name="memory-limit", daemon=True)
     watch.start()  # first, as its stack counts as data
     if _joined(os.getpid(), num_bytes):
@@ -72,7 +73,7 @@ def release(pid: int) -> None:
 
 def _watch(most: int, num_bytes: int) -> None:
     while True:
-        if resident_bytes() > most:
+        if (status_bytes("VmRSS") or 0) > most:
             os.write(2, f"memory limit: more than {num_bytes} bytes beyond the imports\n".encode())
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(_LOOK_S)

@@ -38,6 +38,9 @@ OBJECT_BYTES = 135_000
 # Linux maps up to so much of a file around what is touched, by how the file lies in its cache.
 WINDOW_BYTES = 2 * 2**20
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "nf4": 0.5 + (1 + 4 / 256) / 64}
+# Of a mixed base whose layers are not chosen yet: at most, for a budget of up to 8 bits.
+WEIGHT_BYTES |= {"int8wo": 1.0, "fp8wo": 1.0, "mixed": 1.0}
+_BY_ROW = ("int8", "int8wo", "fp8wo", "mixed")
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2}
 
@@ -176,14 +179,14 @@ def _tested(shape: Shape, step: Step) -> int:
 def _coded(shape: Shape, step: Step) -> list[tuple[str, int, int]]:
     """The matrices that are held as codes: number format and sides."""
     found = [(step.formats.get(module, step.default), *sides) for module, sides in shape.linears.items()]
-    return [one for one in found if one[0] in ("nf4", "int8")]
+    return [one for one in found if one[0] not in COMPUTE_BYTES]
 
 
 def _weights(shape: Shape, step: Step, a: int) -> float:
     total = float(shape.others * a) - _untouched(shape, step, a)
     for module, (d_out, d_in) in shape.linears.items():
         number_format = step.formats.get(module, step.default)
-        total += d_out * d_in * WEIGHT_BYTES[number_format] + (4 * d_out if number_format == "int8" else 0)
+        total += d_out * d_in * WEIGHT_BYTES[number_format] + (4 * d_out if number_format in _BY_ROW else 0)
     return total
 
 

@@ -156,9 +156,7 @@ def choices_of(profile: Profile, wanted: Wanted) -> list[tuple[str, str]]:
         (format, compute format), the preferred first.
     """
     choices = menu(profile).choices if wanted.only is None else (wanted.only,)
-    return [
-        one for one in choices if one[0] not in profile.failed and (not wanted.formats or one[0] in wanted.formats)
-    ]
+    return [one for one in choices if one[0] not in profile.failed and (not wanted.formats or one[0] in wanted.formats)]
 
 
 def read_bytes(profile: Profile, wanted: Wanted, number_format: str) -> int:

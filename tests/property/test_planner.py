@@ -140,22 +140,20 @@ def test_a_file_that_is_read_fits_beside_the_base_and_a_smaller_file_is_never_wo
 
 
 @settings(max_examples=40, deadline=None)
-@given(profiles(), SHAPES, wants(), st.sampled_from([("nf4", "fp32"), ("int8", "bf16"), ("bf16", "bf16")]))
-def test_a_copy_is_planned_in_its_own_format_without_the_file(
+@given(profiles(), SHAPES, wants(), st.sampled_from([("nf4", "fp32"), ("int8", "bf16"), ("mixed", "fp32")]))
+def test_a_copy_is_planned_in_its_own_format_alone(
     profile: Profile, of: Shape, wanted: Wanted, copy: tuple[str, str]
 ) -> None:
-    of_copy = replace(wanted, copy=copy, formats=())
-    try:
-        one = planned(profile, of, of_copy)
-    except ConfigError:
-        assert copy[0] not in [name for name, _ in menu(profile).choices]
-        return
-    assert one == planned(profile, of, replace(of_copy, file_bytes=0))
+    modules = {module: ("nf4", "int8")[index % 2] for index, module in enumerate(of.linears)}
+    asked = replace(wanted, only=copy, file_bytes=0, module_formats=modules if copy[0] == "mixed" else {})
+    one = planned(profile, of, asked)
     if one is not None:
         assert (one.format, one.compute) == copy
-    others = tuple({"fp32", "nf4", "int8", "bf16"} - {copy[0]})
-    with pytest.raises(ConfigError, match="which trains in no other"):
-        plan(profile, of, replace(of_copy, formats=others))
+        if copy[0] == "mixed":
+            assert one.terms["weights"] < 4 * of.parameters
+    others = tuple({"fp32", "nf4", "int8", "mixed", "bf16"} - {copy[0]})
+    with pytest.raises(ConfigError, match=f"is set to {copy[0]}"):
+        plan(profile, of, replace(asked, formats=others))
 
 
 def test_what_failed_its_self_test_is_never_planned() -> None:
