@@ -166,7 +166,7 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
         root: Of the file system; another one in tests.
 
     Returns:
-        Total and free bytes: the machine's, or those of the control group where they are less.
+        Total and free bytes: the machine's, or those of the control group or of the process's own limits where they are less.
 
     Raises:
         ConfigError: If the machine does not say.
@@ -179,9 +179,40 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
         )
     total, free = machine
     limited = cgroup_memory(root / "sys/fs/cgroup", root / "proc/self/cgroup")
-    for limit, used in limited:
+    for limit, used in limited + process_limits(root / "proc/self"):
         total, free = min(total, limit), min(free, max(0, limit - used))
     return total, free
+
+
+def process_limits(folder: Path) -> list[tuple[int, int]]:
+    """The limits on what this process may allocate: RLIMIT_DATA and RLIMIT_AS.
+
+    Args:
+        folder: Of the process in /proc.
+
+    Returns:
+        (limit, used) of each that there is. What is allocated counts, touched or not.
+    """
+    found = []
+    for name, used in (("Max data size", "VmData"), ("Max address space", "VmSize")):
+        limit = re.search(rf"^{name}\s+(\d+)\s", _text(folder / "limits"), re.MULTILINE)
+        if limit is not None:
+            found.append((int(limit[1]), status_bytes(used, folder / "status") or 0))
+    return found
+
+
+def status_bytes(name: str, status: Path = Path("/proc/self/status")) -> int | None:
+    """What the system says of a process.
+
+    Args:
+        name: Such as `VmData`.
+        status: The process's file.
+
+    Returns:
+        Bytes, or None where it does not say.
+    """
+    found = re.search(rf"^{name}:\s+(\d+) kB", _text(status), re.MULTILINE)
+    return None if found is None else int(found[1]) * 1024
 
 
 def _machine_memory(meminfo: Path) -> tuple[int, int] | None:
@@ -209,10 +240,10 @@ def cgroup_memory(mount: Path, membership: Path) -> list[tuple[int, int]]:
         is given back on demand.
     """
     found = []
-    for version, path in _groups(membership, "memory"):
+    for version, path in groups(membership, "memory"):
         base = mount if version == 2 else mount / "memory"
         names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        for folder in _upward(base, path):
+        for folder in upward(base, path):
             limit, used = (_number(folder / name) for name in names)
             # Version 1 says "no limit" with the largest number of pages.
             if limit is not None and limit < 2**60:
@@ -231,8 +262,8 @@ def cgroup_cores(mount: Path, membership: Path) -> float | None:
         Cores, or None without a quota.
     """
     found = []
-    for version, path in _groups(membership, "cpu"):
-        for folder in _upward(mount if version == 2 else mount / "cpu", path):
+    for version, path in groups(membership, "cpu"):
+        for folder in upward(mount if version == 2 else mount / "cpu", path):
             if version == 2:
                 words = _text(folder / "cpu.max").split()
                 if len(words) == 2 and words[0].isdigit() and int(words[1]):
@@ -244,8 +275,16 @@ def cgroup_cores(mount: Path, membership: Path) -> float | None:
     return min(found, default=None)
 
 
-def _groups(membership: Path, controller: str) -> list[tuple[int, str]]:
-    """Version and path of the process's groups for a controller."""
+def groups(membership: Path, controller: str) -> list[tuple[int, str]]:
+    """The control groups that a process is in.
+
+    Args:
+        membership: The process's list of them.
+        controller: Such as `memory`.
+
+    Returns:
+        Version and path of each.
+    """
     found = []
     for line in _text(membership).splitlines():
         parts = line.split(":", 2)
@@ -256,8 +295,16 @@ def _groups(membership: Path, controller: str) -> list[tuple[int, str]]:
     return found
 
 
-def _upward(base: Path, path: str) -> list[Path]:
-    """A group's folder and those above it. Within a container the path may be the host's; then the mount is the group."""
+def upward(base: Path, path: str) -> list[Path]:
+    """A group's folder and those above it.
+
+    Args:
+        base: Where groups are mounted.
+        path: The group's, as the process's list names it.
+
+    Returns:
+        The folders, its own first. Within a container the path may be the host's; then the mount is the group.
+    """
     folder = base / path.lstrip("/")
     if ".." in Path(path).parts or not folder.is_dir():
         return [base]

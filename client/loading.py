@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from lamina.client.hardware import profile
 from lamina.client.hashes import hash_chat_template, hash_config, hash_tokenizer, hash_weights
 from lamina.client.model import Base, FrozenHook, head_splits, put
-from lamina.client.quantised import compensation, copies, formats, mixed, odd_rows, selftest
+from lamina.client.quantised import compensation, copies, formats, int8_layers, mixed, odd_rows, selftest
 from lamina.protos import seeds
 from lamina.protos.adapter import Adapter
 from lamina.protos.errors import ConfigError
@@ -452,19 +452,26 @@ def _with_slots(
         dtype=formats.DTYPES[options.compute],
     )
     beside = _compensation(options, device)
+    for layer in base.model.modules():  # those without slots, too: the gradient of others passes through them
+        if isinstance(layer, torch.nn.Linear):
+            _mend(layer, base.dtype)
     for module in spec.modules:
-        layer = base.layer(module).base_layer
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            # Else an evaluation packs the weights for a kernel that has no gradient, and training goes on with wrong ones.
-            layer.support_avx512bf16_for_cpu = False
-        if hasattr(layer, "compute_dtype"):
-            layer.compute_dtype = base.dtype  # a copy's may be another
-            odd_rows.mend(layer)
-        layer.register_forward_hook(FrozenHook(base.frozen, module, beside.get(module, ())))
+        base.layer(module).base_layer.register_forward_hook(FrozenHook(base.frozen, module, beside.get(module, ())))
     put(base, Adapter(), None, trainable=False)
     base.split_head = spec.task == "causal-lm" and head_splits(base)
     selftest.check(base, "at loading")
     return base
+
+
+def _mend(layer: Any, dtype: torch.dtype) -> None:
+    """Let a layer of bitsandbytes train as it should; another is left as it is."""
+    if hasattr(layer, "support_avx512bf16_for_cpu"):
+        # Else an evaluation packs the weights for a kernel that has no gradient, and training goes on with wrong ones.
+        layer.support_avx512bf16_for_cpu = False
+    if hasattr(layer, "compute_dtype"):
+        layer.compute_dtype = dtype  # a copy's may be another
+        odd_rows.mend(layer)
+    int8_layers.mend(layer)
 
 
 def _compensation(options: BaseOptions, device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +13,11 @@ from accelerate import init_empty_weights
 from transformers.pytorch_utils import Conv1D
 
 from lamina.client.loading import LOADING, first_line, head_name, resolved
+from lamina.client.quantised import copies
 from lamina.client.sizing.memory import Shape
 from lamina.protos.errors import ConfigError
 
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _FEED_FORWARD = ("intermediate_size", "ffn_dim", "n_inner", "d_ff")
 
 
@@ -49,6 +54,54 @@ def shape_of(source: str, revision: str = "", task: str = "causal-lm", labels: i
         raise ConfigError(
             f"model.source={source}: expected config.json of a {task} model, got: {first_line(error)}"
         ) from None
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a base's files are.
+
+    Attributes:
+        format: Number format of the linear layers.
+        copy: Whether it is a quantised copy, which trains in its own formats alone.
+        compute: Of a copy: format of the activations.
+        modules: Of a mixed copy: linear layer -> number format.
+        compensation: Of a copy: rank of the compensation factors.
+        file_bytes: Of the full-precision file that bases in other formats are made from; 0 for a copy.
+    """
+
+    format: str
+    copy: bool = False
+    compute: str = ""
+    modules: Mapping[str, str] = field(default_factory=dict)
+    compensation: int = 0
+    file_bytes: int = 0
+
+
+def held_as(source: str, shape: Shape, revision: str = "") -> Held:
+    """What a base's files are, its weights not read.
+
+    Args:
+        source: See `model.source`.
+        shape: Of the model.
+        revision: Commit of a hub id.
+
+    Returns:
+        From the manifest of a copy, else from the configuration and, where they are there, the sizes of the files.
+
+    Raises:
+        ConfigError: If a copy's manifest cannot be read, or there is no configuration.
+    """
+    folder = resolved(source)
+    copy = copies.read_manifest(folder)
+    if copy is not None:
+        return Held(copy.format, True, copy.compute, copy.formats, copy.compensation)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, revision=revision or "main", trust_remote_code=False)
+    except LOADING as error:
+        raise ConfigError(f"model.source={source}: expected config.json, got: {first_line(error)}") from None
+    number_format = _DTYPES.get(str(getattr(config, "dtype", None)).removeprefix("torch."), "fp32")
+    files = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else 0
+    return Held(number_format, file_bytes=files or (4 if number_format == "fp32" else 2) * shape.parameters)
 
 
 def _tied(model: Any) -> bool:

@@ -8,7 +8,8 @@ import ctypes
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_LARGE_BYTES = 256 * 1024
+# What is as large as this is mapped on its own.
+LARGE_BYTES = 256 * 1024
 
 
 def give_back(arenas: int) -> None:
@@ -21,6 +22,6 @@ def give_back(arenas: int) -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _LARGE_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, LARGE_BYTES)
         mallopt(_M_ARENA_MAX, arenas)

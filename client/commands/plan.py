@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lamina.client.hardware import Profile, num_bytes, profile, what_if
+from lamina.client.sizing.memory import Shape
 from lamina.client.sizing.planner import Plan, Wanted, document, plan, size
 from lamina.protos.errors import ConfigError
 from lamina.protos.words import flag, parsed
@@ -70,13 +71,13 @@ def main(command: str, words: Sequence[str]) -> int:
     from lamina.client.shape import shape_of
 
     quiet()
-    wanted = _wanted(settings)
+    shape = shape_of(settings["model"])
+    wanted = of_source(_wanted(settings), settings["model"], shape)
     machine = what_if(imagined) if imagined else profile(settings["device"])
     if flag(settings, "probe"):
         if imagined:
             raise ConfigError("probe=true: expected this machine, got --what-if. Leave one of them out.")
         machine = probed(machine, settings["model"], wanted)
-    shape = shape_of(settings["model"])
     found = plan(machine, shape, wanted)
     if "--json" in words:
         print(
@@ -87,25 +88,52 @@ def main(command: str, words: Sequence[str]) -> int:
     return 0
 
 
+def of_source(wanted: Wanted, source: str, shape: Shape) -> Wanted:
+    """What is wanted, with what the model's files are.
+
+    Args:
+        wanted: Without.
+        source: The model.
+        shape: Of it.
+
+    Returns:
+        With the bytes and the format of a full-precision file, or the formats of a quantised copy.
+
+    Raises:
+        ConfigError: If a copy's manifest cannot be read.
+    """
+    from lamina.client.shape import held_as
+
+    held = held_as(source, shape)
+    if not held.copy:
+        return replace(wanted, file_bytes=held.file_bytes, file_format=held.format)
+    return replace(
+        wanted,
+        only=(held.format, held.compute),
+        module_formats=held.modules,
+        compensation=max(wanted.compensation, held.compensation),
+    )
+
+
 def probed(machine: Profile, source: str, wanted: Wanted) -> Profile:
     """A profile with what some steps of a model take.
 
     Args:
         machine: Without.
         source: The model.
-        wanted: For rank and length.
+        wanted: For rank and length, and what the source is.
 
     Returns:
         With speed and overhead of every number format that trains here.
     """
-    from lamina.client.quantised.formats import menu
     from lamina.client.shape import shape_of
-    from lamina.client.sizing.memory import RUNTIME_BYTES, Step, peak_bytes
+    from lamina.client.sizing.memory import RUNTIME_BYTES, Step, peak_bytes, terms
+    from lamina.client.sizing.planner import choices_of, read_bytes
     from lamina.client.sizing.probe import Trial, measure, speed
 
     shape = shape_of(source)
     speeds, overheads, failed = dict(machine.speeds), dict(machine.overhead_bytes), list(machine.failed)
-    for number_format, compute in menu(machine).choices:
+    for number_format, compute in choices_of(machine, wanted):
         print(f"probing {number_format}", file=sys.stderr)
         trial = Trial(
             source, number_format, compute, min(8, wanted.rank), 1, min(256, wanted.max_length), device=machine.kind
@@ -115,11 +143,14 @@ def probed(machine: Profile, source: str, wanted: Wanted) -> Profile:
             failed.append(number_format)
             continue
         ranks = {module: min(trial.rank, *sides) for module, sides in shape.linears.items()}
-        file_bytes = 4 * shape.parameters if number_format != "fp32" else 0
-        step = Step(number_format, compute, ranks, found[1].tokens, file_bytes=file_bytes)
+        file_bytes = read_bytes(machine, wanted, number_format)
+        step = Step(
+            number_format, compute, ranks, found[1].tokens, formats=wanted.module_formats, file_bytes=file_bytes
+        )
         speeds[number_format] = speed(found[0], found[1])
-        beyond = found[1].increment_bytes - peak_bytes(shape, step, 0)
-        overheads[number_format] = max(RUNTIME_BYTES // 2, beyond)
+        counted = peak_bytes(shape, step, 0)
+        if counted <= sum(terms(shape, step, 0).values()):  # else the peak was at loading and says nothing of a step's
+            overheads[number_format] = max(RUNTIME_BYTES // 2, found[1].increment_bytes - counted)
     return replace(machine, speeds=speeds, overhead_bytes=overheads, failed=tuple(failed))
 
 

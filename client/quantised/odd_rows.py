@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from lamina.client.quantised.product import product
+
 NF4_BLOCK = 64
 
 
@@ -25,8 +27,7 @@ def mend(layer: Any) -> None:
 
 
 def _forward(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
-    product: torch.Tensor = _Product.apply(inputs, layer)  # type: ignore[no-untyped-call]
-    return product if layer.bias is None else product + layer.bias.to(product.dtype)
+    return product(inputs, layer, weights)
 
 
 def weights(layer: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -46,16 +47,3 @@ def weights(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     state.shape = torch.Size((shape[0] * shape[1] // NF4_BLOCK, NF4_BLOCK))
     found: torch.Tensor = dequantize_4bit(layer.weight.data, state)
     return found.reshape(shape).to(dtype)
-
-
-class _Product(torch.autograd.Function):
-    """Inputs times the transposed matrix, which is made again for the gradient rather than kept."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, layer: Any) -> torch.Tensor:
-        ctx.layer, ctx.dtype = layer, inputs.dtype
-        return inputs @ weights(layer, inputs.dtype).T
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return upstream[0] @ weights(ctx.layer, ctx.dtype), None

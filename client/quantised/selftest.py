@@ -19,6 +19,7 @@ from lamina.protos.errors import TrainingError
 # Largest relative error by compute format: rounding of the activations, some hundred times below a broken gradient's.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 _TOKENS = 24
+_PIECE = 4096
 
 
 def check(base: Base, when: str) -> float:
@@ -98,7 +99,7 @@ def dequantised(layer: Any) -> torch.Tensor:
         values = _of_codes(weight.data, weight.quant_state)
     elif weight.dtype == torch.int8 and hasattr(weight, "SCB"):
         scale = layer.state.SCB if weight.SCB is None else weight.SCB
-        values = weight.data.float() * (scale.float().reshape(-1, 1) / 127)
+        values = weight.data.float().mul_(scale.float().reshape(-1, 1) / 127)
     elif is_quantised(layer):
         values = weight.dequantize()
     return values.float()
@@ -111,30 +112,33 @@ def _of_codes(packed: torch.Tensor, state: Any) -> torch.Tensor:
     scales = state.absmax
     if state.nested:
         scales = dequantize_blockwise(state.absmax, state.state2).float() + state.offset
-    flat = packed.reshape(-1)
-    codes = torch.stack([flat >> 4, flat & 0xF], dim=1).reshape(-1).long()
-    count = math.prod(state.shape)
-    values: torch.Tensor = state.code.float()[codes[:count]]
-    found: torch.Tensor = (values * scales.float().repeat_interleave(state.blocksize)[:count]).reshape(
-        tuple(state.shape)
-    )
-    return found
+    flat, code = packed.reshape(-1), state.code.float()
+    count, size = math.prod(state.shape), state.blocksize
+    values = torch.empty(count, device=packed.device)
+    # Some at a time, as an index of all would take twice what the matrix does.
+    for start in range(0, count, _PIECE * size):
+        end = min(count, start + _PIECE * size)
+        some = flat[start // 2 : (end + 1) // 2]
+        indices = torch.stack([some >> 4, some & 0xF], dim=1).reshape(-1)[: end - start].int()
+        blocks = scales[start // size : -(-end // size)].float()
+        values[start:end] = code[indices] * blocks.repeat_interleave(size)[: end - start]
+    return values.reshape(tuple(state.shape))
 
 
-def compensated(layer: Any) -> torch.Tensor | float:
+def compensated(layer: Any) -> torch.Tensor | None:
     """What compensation adds to a layer's weights.
 
     Args:
         layer: A base layer.
 
     Returns:
-        float32 (d_out, d_in), or 0.
+        float32 (d_out, d_in), or None.
     """
     for hook in layer._forward_hooks.values():
         if isinstance(hook, FrozenHook) and hook.compensation:
             a, b = hook.compensation
             return b.float() @ a.float()
-    return 0.0
+    return None
 
 
 def gradient_error(base: Base, module: str, rank: int = 4) -> float:
@@ -182,7 +186,9 @@ def gradient_error(base: Base, module: str, rank: int = 4) -> float:
         if frozen is not None:
             base.frozen[module] = frozen
     x, g = inputs.float(), upstream.float()
-    weights = dequantised(layer.base_layer) + beside
+    weights = dequantised(layer.base_layer)
+    if beside is not None:
+        weights = weights + beside
     wanted = [(g @ columns).T @ x, g.T @ (x @ rows.T), g @ weights + (g @ columns) @ rows]
     errors = [
         math.inf if one is None else float((one.float() - other).norm() / other.norm())

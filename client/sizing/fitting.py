@@ -14,7 +14,7 @@ import numpy as np
 from lamina.client.hardware import Profile, num_bytes, profile
 from lamina.client.loading import resolved
 from lamina.client.quantised import copies, formats
-from lamina.client.shape import shape_of
+from lamina.client.shape import held_as, shape_of
 from lamina.client.sizing.planner import NothingFits, Plan, Wanted, budget_of, document, plan, plan_of, size
 from lamina.protos.config import Config
 from lamina.protos.ranks import uniform
@@ -104,7 +104,7 @@ def wanted_of(config: Config, offer: Offer, spec: AdapterSpec, machine: Profile,
     )
 
 
-def fitted(config: Config, spec: AdapterSpec, wanted: Wanted, machine: Profile) -> Plan:
+def fitted(config: Config, spec: AdapterSpec, wanted: Wanted, machine: Profile, loaded: bool = False) -> Plan:
     """The site's plan.
 
     Args:
@@ -112,6 +112,7 @@ def fitted(config: Config, spec: AdapterSpec, wanted: Wanted, machine: Profile) 
         spec: The run's schema.
         wanted: Of `wanted_of`.
         machine: The site's profile.
+        loaded: Whether the base is in memory already, so that its file is not read any more.
 
     Returns:
         The plan.
@@ -120,8 +121,12 @@ def fitted(config: Config, spec: AdapterSpec, wanted: Wanted, machine: Profile) 
         NothingFits: If no way to train fits.
         ConfigError: If the model has no configuration, or a setting is impossible.
     """
-    shape = shape_of(config.model.source, config.model.revision, config.task, len(spec.labels))
-    return plan(machine, shape, wanted)
+    source, revision = config.model.source, config.model.revision
+    shape = shape_of(source, revision, config.task, len(spec.labels))
+    held = held_as(source, shape, revision)
+    file_bytes = 0 if loaded else held.file_bytes
+    asked = replace(wanted, file_bytes=file_bytes, file_format=held.format, module_formats=held.modules)
+    return plan(machine, shape, asked)
 
 
 def tightened(config: Config, spec: AdapterSpec, wanted: Wanted, before: Plan, room: int) -> Plan | None:
@@ -143,7 +148,7 @@ def tightened(config: Config, spec: AdapterSpec, wanted: Wanted, before: Plan, r
     only = (before.format, before.compute)
     asked = replace(wanted, rank=before.rank, whole=True, only=only, targets=tuple(before.ranks), memory_bytes=room)
     try:
-        found = fitted(config, spec, asked, replace(profile(config.train.device), free_bytes=2 * room))
+        found = fitted(config, spec, asked, replace(profile(config.train.device), free_bytes=2 * room), loaded=True)
     except NothingFits:
         return None
     return found if found.max_length == before.max_length and found.peak_bytes < before.peak_bytes else None

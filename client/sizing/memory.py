@@ -1,12 +1,14 @@
 """How many bytes a training step takes, from the model's configuration alone.
 
-Every term is counted, none is fitted but the cost of a logit and the runtime's own share, which a probe corrects on the machine.
-The sum is the rise of resident memory over that after the imports, at its peak within a step.
+Every term is counted; the cost of a logit and what libraries take whatever the model are measured, and a probe corrects the
+latter on the machine. The sum is the rise of resident memory over that after the imports, at its peak within a step.
 
 Saved for the backward pass of one layer, a token, with a compute format of `a` bytes: the inputs of two norms in float32, query,
 key, value and output of the attention, what the non-linearity of the feed-forward part needs, the input of every adapted linear
-layer (in float32 each on its own where the base computes in 16 bits, as peft casts it; once for layers that share it else), and
-the rows of A. Frozen weights save nothing.
+layer (in float32 each on its own where the base computes in 16 bits, as peft casts it; else once for layers that share it, and
+not again what the attention keeps), and the rows of A. Frozen weights save nothing.
+
+The peak is at the loss, with the logits, or just after in the gradient of the last layer, with what it takes for a while.
 """
 
 from __future__ import annotations
@@ -15,17 +17,30 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lamina.protos.allocator import LARGE_BYTES
+
 # The input of these is their own; the other linear layers of a parent read one and the same.
 _OWN_INPUT = ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "wo", "w2", "dense_4h_to_h")
+_ATTENTION = ("attn", "attention")
 # Logits, their float32 copy, its log-softmax, one of them reused for the gradient.
 LOGIT_BYTES = 12
 # Logits are formed for at most this many bytes of float32 at a time.
 LOSS_CHUNK_BYTES = 32 * 2**20
-# Of libraries and buffers that grow with no size of the model's.
-RUNTIME_BYTES = 44 * 10**6
-# Linux maps so much of a file around what is touched.
-WINDOW_BYTES = 64 * 1024
+# Of libraries and buffers that grow with no size of the model's, without what a format or computing again adds; measured.
+RUNTIME_BYTES = 31 * 10**6
+# Of these before anything is multiplied.
+LOADING_BYTES = 11 * 10**6
+# Kernels that a format of weights, 16-bit activations or computing again call; measured.
+FORMAT_BYTES = {"nf4": 3 * 10**6, "int8": 5 * 10**6, "mixed": 5 * 10**6}
+WIDE_BYTES, AGAIN_BYTES = 6 * 10**6, 3_400_000
+# Of a linear layer with its slots, as objects of Python; measured.
+OBJECT_BYTES = 135_000
+# Linux maps up to so much of a file around what is touched, by how the file lies in its cache.
+WINDOW_BYTES = 2 * 2**20
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "nf4": 0.5 + (1 + 4 / 256) / 64}
+# Of a mixed base whose layers are not chosen yet: at most, for a budget of up to 8 bits.
+WEIGHT_BYTES |= {"int8wo": 1.0, "fp8wo": 1.0, "mixed": 1.0}
+_BY_ROW = ("int8", "int8wo", "fp8wo", "mixed")
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2}
 
@@ -130,16 +145,13 @@ def terms(shape: Shape, step: Step, overhead_bytes: int = RUNTIME_BYTES) -> dict
         "frozen part": 4 * sum(rank * sum(shape.linears[module]) for module, rank in step.frozen.items()),
         "compensation": a * sum(rank * sum(shape.linears[module]) for module, rank in step.compensation.items()),
     }
-    layer = _saved(shape, trained, a, wide) / max(1, shape.layers)
-    logits = LOGIT_BYTES * shape.vocab * min(step.tokens, loss_chunk_tokens(shape.vocab))
-    if step.checkpointing:
-        boundaries = step.tokens * shape.layers * shape.hidden * a
-        again = int(step.tokens * layer)
-        found |= {"activations": boundaries + max(0, again - logits), "logits": logits}
-    else:
-        found |= {"activations": int(step.tokens * layer * shape.layers), "logits": logits}
-    found["dequantised"] = max((_dequantised(shape, step, module, a) for module in shape.linears), default=0)
-    found["runtime"] = overhead_bytes
+    saved = step.tokens * _saved(shape, trained, a, wide)
+    found["activations"] = step.tokens * shape.layers * shape.hidden * a if step.checkpointing else saved
+    found["logits"] = LOGIT_BYTES * shape.vocab * min(step.tokens, loss_chunk_tokens(shape.vocab))
+    again = saved / max(1, shape.layers) if step.checkpointing else 0
+    found["gradient of a layer, beyond the logits"] = max(0, again + _passing(shape, step, a, wide) - found["logits"])
+    found["scattered"] = _scattered(shape, step, trained, a, wide)
+    found["runtime"] = overhead_bytes + _kernels(shape, step, wide)
     return {name: math.ceil(value) for name, value in found.items()}
 
 
@@ -155,15 +167,26 @@ def peak_bytes(shape: Shape, step: Step, overhead_bytes: int = RUNTIME_BYTES) ->
         Bytes: of a step, or of loading where that takes more.
     """
     found = terms(shape, step, overhead_bytes)
-    loading = found["weights"] + step.file_bytes + found["runtime"]
+    loading = found["weights"] + max(step.file_bytes, _tested(shape, step)) + min(overhead_bytes, LOADING_BYTES)
     return max(sum(found.values()), loading)
+
+
+def _tested(shape: Shape, step: Step) -> int:
+    """Bytes of the self-test at loading: the numbers of one quantised matrix in float32."""
+    return 4 * max((rows * columns for _, rows, columns in _coded(shape, step)), default=0)
+
+
+def _coded(shape: Shape, step: Step) -> list[tuple[str, int, int]]:
+    """The matrices that are held as codes: number format and sides."""
+    found = [(step.formats.get(module, step.default), *sides) for module, sides in shape.linears.items()]
+    return [one for one in found if one[0] not in COMPUTE_BYTES]
 
 
 def _weights(shape: Shape, step: Step, a: int) -> float:
     total = float(shape.others * a) - _untouched(shape, step, a)
     for module, (d_out, d_in) in shape.linears.items():
         number_format = step.formats.get(module, step.default)
-        total += d_out * d_in * WEIGHT_BYTES[number_format] + (4 * d_out if number_format == "int8" else 0)
+        total += d_out * d_in * WEIGHT_BYTES[number_format] + (4 * d_out if number_format in _BY_ROW else 0)
     return total
 
 
@@ -187,18 +210,38 @@ def _saved(shape: Shape, trained: Mapping[str, int], a: int, wide: bool) -> floa
         if wide:
             inputs += 4 * d_in
         elif name in _OWN_INPUT:
-            inputs += a * d_in
+            # The attention keeps its output itself; another layer's input is its own.
+            inputs += 0 if any(word in parent.rpartition(".")[2] for word in _ATTENTION) else a * d_in
         elif parent not in shared:
             shared.add(parent)
             inputs += a * d_in
     return norms + attention + feed_forward + inputs + 4 * sum(trained.values())
 
 
-def _dequantised(shape: Shape, step: Step, module: str, a: int) -> int:
-    d_out, d_in = shape.linears[module]
-    number_format = step.formats.get(module, step.default)
-    copies = {"nf4": 1, "int8": 2}.get(number_format, 0) * d_out * d_in * a
-    if number_format == "int8" and step.checkpointing:
-        # Those of the layer that is computed again are kept for its gradient.
-        copies += a * sum(rows * columns for rows, columns in shape.linears.values()) // max(1, shape.layers)
-    return copies
+def _passing(shape: Shape, step: Step, a: int, wide: bool) -> float:
+    """Bytes that the gradient of a layer takes for a while: those of its feed-forward part, and a matrix made from its codes."""
+    gradients = a * (3 if shape.gated else 2) * shape.intermediate + (4 * shape.intermediate if wide else 0)
+    matrix = max((a * rows * columns for _, rows, columns in _coded(shape, step)), default=0)
+    return step.tokens * (gradients + 2 * a * shape.hidden) + matrix
+
+
+def _scattered(shape: Shape, step: Step, trained: Mapping[str, int], a: int, wide: bool) -> int:
+    """Bytes of holes between small buffers, which the C library does not give back.
+
+    What is below its threshold comes from one heap. There a gradient or moment of a factor takes a place that an activation had,
+    and the rest of it is too small for the next one. So each small factor can cost as much as the largest small activation, with
+    activations computed again those of one layer.
+    """
+    widths = [shape.hidden, shape.attention, shape.key_value, shape.intermediate]
+    pieces = [step.tokens * width * a for width in widths]
+    pieces += [step.tokens * 4 * width for width in (*set(trained.values()), *(widths if wide else ()))]
+    largest = max((piece for piece in pieces if piece < LARGE_BYTES), default=0)
+    factors = [4 * rank * side for module, rank in trained.items() for side in shape.linears[module]]
+    small = sum(size < LARGE_BYTES for size in factors)
+    return largest * small // (max(1, shape.layers) if step.checkpointing else 1)
+
+
+def _kernels(shape: Shape, step: Step, wide: bool) -> int:
+    held = {step.default, *step.formats.values()}
+    found = max((FORMAT_BYTES.get(one, 0) for one in held), default=0) + OBJECT_BYTES * len(shape.linears)
+    return found + (WIDE_BYTES if wide else 0) + (AGAIN_BYTES if step.checkpointing else 0)

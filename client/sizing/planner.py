@@ -48,10 +48,13 @@ class Wanted:
         compensation: Rank of the base's compensation factors.
         dense: Parameters that are trained whole.
         whole: Whether every layer must have the rank that was asked.
-        only: The number format and the compute format that must be taken, or None for the best.
+        only: The number format and the compute format that must be taken, such as a quantised copy's, or None for the best.
         micro_batch: Examples of a forward pass, where the site has decided.
         checkpointing: Whether activations are computed again, where the site has decided.
         optimizer: Its name, where the site has decided.
+        file_bytes: Of the full-precision file, which a processor reads whole to make a base in another format; 0 for a copy.
+        file_format: Number format of that file.
+        module_formats: Of a mixed copy: linear layer -> number format.
     """
 
     rank: int = 8
@@ -71,6 +74,9 @@ class Wanted:
     micro_batch: int | None = None
     checkpointing: bool | None = None
     optimizer: str | None = None
+    file_bytes: int = 0
+    file_format: str = "fp32"
+    module_formats: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,34 @@ def budget_of(profile: Profile, wanted: Wanted) -> int:
     return free if wanted.memory_bytes is None else min(free, wanted.memory_bytes)
 
 
+def choices_of(profile: Profile, wanted: Wanted) -> list[tuple[str, str]]:
+    """The number formats that may be planned.
+
+    Args:
+        profile: The device.
+        wanted: What the site allows, and what it has decided or its source is.
+
+    Returns:
+        (format, compute format), the preferred first.
+    """
+    choices = menu(profile).choices if wanted.only is None else (wanted.only,)
+    return [one for one in choices if one[0] not in profile.failed and (not wanted.formats or one[0] in wanted.formats)]
+
+
+def read_bytes(profile: Profile, wanted: Wanted, number_format: str) -> int:
+    """Of a full-precision file, what is in memory beside the base that is made from it.
+
+    Args:
+        profile: The device.
+        wanted: With the file.
+        number_format: Of the base.
+
+    Returns:
+        0 where the file's own format is kept, or the base is not in the host's memory.
+    """
+    return 0 if number_format == wanted.file_format or profile.kind != "cpu" else wanted.file_bytes
+
+
 def plan(profile: Profile, shape: Shape, wanted: Wanted) -> Plan:
     """The best training that a device can hold and finish.
 
@@ -154,14 +188,13 @@ def plan(profile: Profile, shape: Shape, wanted: Wanted) -> Plan:
         NothingFits: If none does; it names the smallest that there is.
         ConfigError: If the device can train with none of the number formats that are allowed.
     """
-    choices = [one for one in menu(profile).choices if not wanted.formats or one[0] in wanted.formats]
-    if wanted.only is not None:
-        choices = [wanted.only]
+    choices = choices_of(profile, wanted)
     if not choices:
         able = ", ".join(one[0] for one in menu(profile).choices) or "none that passed its self-test"
         raise ConfigError(
             f"plan: expected a number format that trains on {profile.kind}, which are {able}, got "
             f"{', '.join(wanted.formats) or 'none'}. Allow one of these."
+            + (f" The site or its copy of the base is set to {wanted.only[0]}." if wanted.only else "")
         )
     smallest: Plan | None = None
     slow: Plan | None = None
@@ -206,9 +239,8 @@ def _point(
     step = Step(
         default=number_format,
         compute=compute,
-        formats={
-            m: compute for m, sides in shape.linears.items() if held(number_format, compute, sides) != number_format
-        },
+        formats=wanted.module_formats
+        or {m: compute for m, sides in shape.linears.items() if held(number_format, compute, sides) != number_format},
         ranks=ranks,
         tokens=micro * length,
         checkpointing=checkpointing,
@@ -218,6 +250,7 @@ def _point(
         if number_format in ("nf4", "int8", "mixed")
         else {},
         dense=wanted.dense,
+        file_bytes=read_bytes(profile, wanted, number_format),
     )
     overhead = profile.overhead_bytes.get(number_format, _CONTEXT_BYTES.get(profile.kind, RUNTIME_BYTES))
     speed = profile.speeds.get(number_format)
@@ -299,10 +332,14 @@ def _why_not(smallest: Plan, slow: Plan | None, wanted: Wanted) -> str:
             f"plan: expected a round within {wanted.deadline_s:g} s, the best that fits takes {slow.seconds:.0f} s. Ask the "
             "coordinator for fewer train.local_steps or a longer clients.deadline_s."
         )
+    reading = smallest.peak_bytes > SAFETY * sum(smallest.terms.values()) + 1
+    remedy = "Take a smaller model, or free memory."
+    if reading:
+        remedy = "Most of it is to read the full-precision file beside it: make a copy where there is room (`lamina quantise`)."
     return (
         f"plan: expected room for {size(smallest.peak_bytes)}, there is {size(smallest.budget_bytes)}. The smallest that there "
         f"is: {smallest.format} base, rank {smallest.rank} on the {smallest.modules} layers, {smallest.max_length} tokens. "
-        "Take a smaller model, or free memory."
+        + remedy
     )
 
 

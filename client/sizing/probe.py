@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lamina.client.hardware import Speed
+from lamina.client.sizing.limit import release
 from lamina.protos.errors import ConfigError
 
 _LIMIT_S = 900.0
@@ -36,7 +37,7 @@ class Trial:
         threads: Of the processor; 0 leaves the default.
         target_modules: Suffixes, or `all-linear`.
         device: As `train.device`.
-        limit_bytes: Largest data segment that the process may have, 0 for any.
+        limit_bytes: The most that it may take beyond the imports, see `limit.limit_increment`; 0 for any.
     """
 
     source: str
@@ -81,19 +82,25 @@ def measure(trial: Trial) -> Measured | None:
         ConfigError: If the base cannot be trained so for another reason.
     """
     command = [sys.executable, "-m", "lamina.client.sizing.probe", json.dumps(asdict(trial))]
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise ConfigError(
-            f"probe: expected some steps within {_LIMIT_S:g} s. Try a shorter train.max_length."
-        ) from None
-    lines = ended.stdout.strip().splitlines()
-    if ended.returncode == 0 and lines:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            raise ConfigError(
+                f"probe: expected some steps within {_LIMIT_S:g} s. Try a shorter train.max_length."
+            ) from None
+        finally:
+            process.kill()  # nothing where it has ended
+            process.wait()
+            if trial.limit_bytes:
+                release(process.pid)
+    lines = out.strip().splitlines()
+    if process.returncode == 0 and lines:
         found = json.loads(lines[-1])
         return None if found is None else Measured(**found)
-    if ended.returncode < 0:
-        return None  # ended by the system
-    raise ConfigError(f"probe: {(ended.stderr.strip().splitlines() or ['no reason was given'])[-1][:500]}")
+    if process.returncode < 0:
+        return None  # ended for want of memory, by the system or by the limit
+    raise ConfigError(f"probe: {(err.strip().splitlines() or ['no reason was given'])[-1][:500]}")
 
 
 def speed(short: Measured, long: Measured) -> Speed:
@@ -116,6 +123,7 @@ def _tried(trial: Trial) -> Measured | None:
 
     from lamina.client.loading import BaseOptions, load_base
     from lamina.client.model import put, quiet
+    from lamina.client.sizing.limit import limit_increment
     from lamina.client.sizing.resident import forget_peak, peak_bytes, resident_bytes
     from lamina.client.train import Task, completed, train
     from lamina.protos.adapter import EMPTY
@@ -129,7 +137,7 @@ def _tried(trial: Trial) -> Measured | None:
     if trial.threads:
         torch.set_num_threads(trial.threads)
     if trial.limit_bytes:
-        _limit(trial.limit_bytes)
+        limit_increment(trial.limit_bytes)
     before = resident_bytes()
     forget_peak()
     try:
@@ -179,12 +187,6 @@ def _examples(vocab: int, trial: Trial) -> list[Any]:
         Example(rng.integers(0, vocab, trial.length, np.int32), np.ones(trial.length, bool))
         for _ in range(2 * trial.batch_size)
     ]
-
-
-def _limit(num_bytes: int) -> None:
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
 
 
 def _main(text: str) -> None:

@@ -282,3 +282,58 @@ def test_activations_that_are_computed_again_give_the_same_gradients(number_form
     wanted = gradients(kept)
     for one, other in zip(gradients(again), wanted, strict=True):
         assert float((one - other).norm()) <= 1e-5 * float(other.norm())
+
+
+def test_layers_without_slots_pass_gradients_on_after_an_evaluation() -> None:
+    base = base_in("nf4", target_modules=("q_proj",))
+    before = gradients(base)
+    with torch.no_grad():
+        losses(base, batch())
+    after = gradients(base)
+    assert len(before) == 2 * len(base.spec.modules)
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_int8_in_training_multiplies_as_the_library_and_keeps_no_inputs() -> None:
+    import gc
+    import weakref
+
+    import bitsandbytes as bnb
+    from torch.utils.checkpoint import checkpoint
+
+    from lamina.client.quantised import int8_layers
+
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(96, 40)
+
+    def layer() -> Any:
+        made = bnb.nn.Linear8bitLt(96, 40, has_fp16_weights=False)
+        made.load_state_dict(plain.state_dict())
+        return made.to("cpu").train()
+
+    library, ours = layer(), layer()
+    int8_layers.mend(ours)
+    found = []
+    for one in (library, ours):
+        x = torch.linspace(-1, 1, 5 * 96).reshape(1, 5, 96).requires_grad_()
+        one(x).square().sum().backward()
+        found.append((one(x), x.grad))
+    for left, right in zip(*found, strict=True):
+        assert left is not None
+        assert right is not None
+        assert torch.allclose(left, right, atol=1e-5)
+
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        inner = x * 2
+        if not kept:
+            kept.append(weakref.ref(inner))
+        result: torch.Tensor = ours(inner)
+        return result
+
+    result = checkpoint(body, torch.ones(1, 5, 96, requires_grad=True), use_reentrant=False)
+    gc.collect()
+    assert kept[0]() is None
+    result.sum().backward()

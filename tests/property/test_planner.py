@@ -57,6 +57,8 @@ def wants(draw: st.DrawFn) -> Wanted:
         local_steps=draw(st.integers(1, 50)),
         deadline_s=draw(st.none() | st.floats(0.01, 1e5)),
         download_rank=draw(st.sampled_from([0, 16])),
+        file_bytes=draw(st.sampled_from([0, 10**8, 10**10])),
+        file_format=draw(st.sampled_from(["fp32", "bf16"])),
     )
 
 
@@ -121,6 +123,37 @@ def test_the_smallest_that_is_named_fits_its_own_peak(profile: Profile, of: Shap
     smallest = nothing.value.smallest
     room = replace(profile, free_bytes=2 * smallest.peak_bytes)
     assert plan(room, of, replace(wanted, memory_bytes=smallest.peak_bytes)).peak_bytes <= smallest.peak_bytes
+
+
+@settings(max_examples=60, deadline=None)
+@given(profiles(), SHAPES, wants(), st.floats(1, 8))
+def test_a_file_that_is_read_fits_beside_the_base_and_a_smaller_file_is_never_worse(
+    profile: Profile, of: Shape, wanted: Wanted, times: float
+) -> None:
+    one = planned(profile, of, wanted)
+    if one is not None and profile.kind == "cpu" and one.format != wanted.file_format:
+        assert wanted.file_bytes + one.terms["weights"] <= one.budget_bytes
+    smaller = replace(wanted, file_bytes=int(wanted.file_bytes / times))
+    assert worth(planned(profile, of, smaller), wanted, profile) >= worth(one, wanted, profile)
+    if profile.kind != "cpu":
+        assert one == planned(profile, of, replace(wanted, file_bytes=0))
+
+
+@settings(max_examples=40, deadline=None)
+@given(profiles(), SHAPES, wants(), st.sampled_from([("nf4", "fp32"), ("int8", "bf16"), ("mixed", "fp32")]))
+def test_a_copy_is_planned_in_its_own_format_alone(
+    profile: Profile, of: Shape, wanted: Wanted, copy: tuple[str, str]
+) -> None:
+    modules = {module: ("nf4", "int8")[index % 2] for index, module in enumerate(of.linears)}
+    asked = replace(wanted, only=copy, file_bytes=0, module_formats=modules if copy[0] == "mixed" else {})
+    one = planned(profile, of, asked)
+    if one is not None:
+        assert (one.format, one.compute) == copy
+        if copy[0] == "mixed":
+            assert one.terms["weights"] < 4 * of.parameters
+    others = tuple({"fp32", "nf4", "int8", "mixed", "bf16"} - {copy[0]})
+    with pytest.raises(ConfigError, match=f"is set to {copy[0]}"):
+        plan(profile, of, replace(asked, formats=others))
 
 
 def test_what_failed_its_self_test_is_never_planned() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from lamina.client.hardware import Profile, cgroup_cores, cgroup_memory, host_memory, num_bytes, profile, what_if
 from lamina.client.quantised.formats import default_compute, menu
 from lamina.client.shape import shape_of
-from lamina.client.sizing.memory import Step, loss_chunk_tokens, peak_bytes, terms
+from lamina.client.sizing.memory import OBJECT_BYTES, Step, loss_chunk_tokens, peak_bytes, terms
 from lamina.protos.errors import ConfigError
 from tests.models import TINY
 
@@ -39,9 +40,27 @@ def test_the_terms_of_a_step_by_hand() -> None:
     # Norms 8H, attention 4(2*4 + 2*4), feed-forward 4*3*16, the input of q_proj 4*4, rows of A 4*2.
     assert found["activations"] == 10 * (32 + 64 + 192 + 16 + 8)
     assert found["logits"] == 12 * 64 * 10
-    assert found["dequantised"] == 0
-    assert found["runtime"] == 5
-    assert peak_bytes(shape, step, 5) == sum(found.values())
+    # Of the feed-forward part 4*3*16, of the residual stream 4*2*4, a token: less than the logits.
+    assert found["gradient of a layer, beyond the logits"] == 0
+    # Two small factors, the largest small activation is 16 wide.
+    assert found["scattered"] == 2 * 10 * 16 * 4
+    assert found["runtime"] == 5 + OBJECT_BYTES
+    assert peak_bytes(shape, step, 5) == max(sum(found.values()), found["weights"] + 5)
+    again = terms(shape, replace(step, checkpointing=True), 5)
+    assert again["activations"] == 10 * 4 * 4
+    few = terms(replace(shape, vocab=4), replace(step, default="nf4", checkpointing=True), 5)
+    beyond = 10 * (32 + 64 + 192 + 16 + 8) + 10 * (192 + 32) + 4 * 32
+    assert few["gradient of a layer, beyond the logits"] == beyond - 12 * 4 * 10
+
+
+def test_an_output_that_the_attention_keeps_is_counted_once_but_for_a_cast() -> None:
+    from lamina.client.sizing.memory import Shape
+
+    shape = Shape({"self_attn.o_proj": (4, 4), "mlp.down_proj": (4, 16)}, 0, 4, 16, 1, 4, 4, 64)
+    for compute, inputs in (("fp32", 4 * 16), ("bf16", 4 * 4 + 4 * 16)):
+        step = Step(compute, compute, {"self_attn.o_proj": 1, "mlp.down_proj": 1}, tokens=1)
+        a = 4 if compute == "fp32" else 2
+        assert terms(shape, step)["activations"] == 32 + a * 16 + a * 3 * 16 + inputs + 2 * 4
 
 
 def test_formats_take_what_their_constants_say() -> None:
@@ -150,6 +169,18 @@ def test_a_control_group_of_version_1_too_and_none_at_all(tmp_path: Path) -> Non
     alone = made(tmp_path / "alone", MEMINFO)
     assert host_memory(alone) == (16_384_000_000, 8_192_000_000)
     assert cgroup_memory(alone / "sys/fs/cgroup", alone / "proc/self/cgroup") == []
+
+
+def test_limits_of_the_process_bound_what_is_free(tmp_path: Path) -> None:
+    lines = ["Limit                     Soft Limit           Hard Limit           Units"]
+    lines += ["Max data size             3000000000           unlimited            bytes"]
+    limits = "\n".join([*lines, "Max address space         unlimited            unlimited            bytes", ""])
+    status = "Name: x\nVmSize: 4000000 kB\nVmData: 1000000 kB\n"
+    root = made(tmp_path, {**MEMINFO, "proc/self/limits": limits, "proc/self/status": status})
+    assert host_memory(root) == (3_000_000_000, 3_000_000_000 - 1_024_000_000)
+    tight = limits.replace("space         unlimited ", "space         4100000000")
+    root = made(tmp_path, {"proc/self/limits": tight})
+    assert host_memory(root) == (3_000_000_000, 4_100_000_000 - 4_096_000_000)
 
 
 def test_a_path_that_is_the_hosts_falls_back_to_the_mount(tmp_path: Path) -> None:
