@@ -44,8 +44,12 @@ HEADLINE_RANK = 16
 # Base -> (width, depth) of `grown`, examples a silo.
 BASES: dict[str, tuple[int, int, int]] = {"0.9M": (1, 1, 60), "3.2M": (2, 1, 60), "24M": (4, 2, 20)}
 GRID = [(name, rank) for name in ("nf4", "int8", "int8wo", "mixed") for rank in (0, 4, 8, 16, 32)]
-# The largest base is slow; rank 64 is to it what 16 is to the smallest.
-SHORT_GRID = [(name, rank) for name in ("nf4", "int8", "mixed") for rank in (0, 16, 64)] + [("nf4", 4), ("nf4", 32)]
+# The larger bases are slow; rank 64 is to the largest what 16 is to the smallest.
+MIDDLE_GRID = [("nf4", rank) for rank in (0, 4, 8, 16, 32)]
+MIDDLE_GRID += [(name, rank) for name in ("int8", "int8wo", "mixed") for rank in (0, 16)]
+SHORT_GRID = [("nf4", rank) for rank in (0, 4, 16, 32, 64)] + [
+    (name, rank) for name in ("int8", "mixed") for rank in (0, 16)
+]
 QUICK_GRID = [(name, rank) for name in ("nf4", "int8", "mixed") for rank in (0, 16)]
 RUNS = [("nf4", rank) for rank in (0, 4, 16, 32)] + [(name, rank) for name in ("int8", "mixed") for rank in (0, 16)]
 BASE_OF_RUNS = {"0.9M": RUNS, "3.2M": [("nf4", 0), ("nf4", 16)]}
@@ -299,7 +303,7 @@ def collect(quick: bool) -> tuple[list[tuple[Alone, dict[str, Any]]], list[tuple
     texts = ["stdlib"]
     if (Path(os.environ.get("LAMINA_TEST_DATA") or "/nowhere") / "shakespeare.jsonl").is_file() and not quick:
         texts.append("shakespeare")
-    grids = {"0.9M": QUICK_GRID} if quick else {"0.9M": GRID, "3.2M": GRID, "24M": SHORT_GRID}
+    grids = {"0.9M": QUICK_GRID} if quick else {"0.9M": GRID, "3.2M": MIDDLE_GRID, "24M": SHORT_GRID}
     bases = []
     for base, grid in grids.items():
         for text in texts if base != "24M" else texts[:1]:
