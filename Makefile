@@ -47,6 +47,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/encoder.py
 	$(BIN)/python benchmarks/transport.py
+	$(BIN)/python benchmarks/quantised.py
 
 clean:
 	rm -rf $(VENV) outputs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,7 @@ Weights come from safetensors files only; no code from a model repository is run
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class BaseOptions:
         compute: Of activations and of what is not quantised: `auto`, `fp32`, `bf16` or `fp16`.
         checkpointing: Whether activations are computed again in the backward pass.
         bits: Budget of the format `mixed`, a weight.
+        compensation: Rank of what is added for what quantisation loses, 0 for none; a copy's own goes with it unasked.
     """
 
     source: str
@@ -89,6 +90,7 @@ class BaseOptions:
     compute: str = "auto"
     checkpointing: bool = False
     bits: float = 5.0
+    compensation: int = 0
 
 
 def pick_device(name: str) -> torch.device:
@@ -140,16 +142,21 @@ def load_base(options: BaseOptions) -> Base:
     compute = formats.DTYPES[options.compute]
     known = dict(copy.base) if copy else {}
     left_out: Sequence[str] = ()
+    exact: dict[str, torch.Tensor] = {}
     if not copy and options.format != "fp32":
         # The hashes are those of the full-precision base, which is dropped before the smaller one is made, or becomes it.
         model, missing = load_model(source, replace(options, format="fp32"), tokenizer, "auto")
         left_out = not_quantised(model, options.format, options.compute)
         known = {"weights": weights_hash(model, missing), "config": hash_config(model.config)}
+        if options.compensation:
+            exact = {module: model.get_submodule(module).weight.detach() for module in linear_layers(model)}
     if options.format == "mixed" and copy is None:
         mixed.quantise(model, mixed.chosen(model, linear_layers(model), options.bits), options.compute)
     else:
         model = None
         model, missing = load_model(source, options, tokenizer, compute, left_out)
+    beside = _of_copy(source, copy) if copy else compensation.of_model(model, exact, options.compensation, compute)
+    exact.clear()
     new = tuple(sorted(missing))
     if new and options.task == "causal-lm":
         raise ConfigError(
@@ -173,7 +180,7 @@ def load_base(options: BaseOptions) -> Base:
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
     )
     revision = getattr(model.config, "_commit_hash", None) or options.revision
-    return _with_slots(model, tokenizer, spec, device, revision, options)
+    return _with_slots(model, tokenizer, spec, device, revision, options, beside)
 
 
 def _with_format(options: BaseOptions, copy: copies.Manifest | None, device: torch.device) -> BaseOptions:
@@ -183,6 +190,11 @@ def _with_format(options: BaseOptions, copy: copies.Manifest | None, device: tor
         if number_format not in ("auto", copy.format):
             raise ConfigError(
                 f"quantisation.format={number_format}: expected {copy.format}, the format of the copy "
+                f"model.source={options.source}. Name the full-precision base, or another copy."
+            )
+        if options.compensation not in (0, copy.compensation):
+            raise ConfigError(
+                f"quantisation.compensation={options.compensation}: expected {copy.compensation}, the rank of the copy "
                 f"model.source={options.source}. Name the full-precision base, or another copy."
             )
         number_format = copy.format
@@ -429,8 +441,9 @@ def _matches(name: str, suffix: str) -> bool:
 
 
 def _with_slots(
-    model: Any, tokenizer: Any, spec: AdapterSpec, device: torch.device, revision: str, options: BaseOptions
-) -> Base:
+    model: Any, tokenizer: Any, spec: AdapterSpec, device: torch.device, revision: str, options: BaseOptions,
+    beside: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+) -> Base:  # fmt: skip
     if options.format != "fp32" and copies.read_manifest(resolved(options.source)) is None:
         _let_go_of_the_file(model)
     model = get_peft_model(
@@ -451,12 +464,12 @@ def _with_slots(
         format=options.format,
         dtype=formats.DTYPES[options.compute],
     )
-    beside = _compensation(options, device)
     for layer in base.model.modules():  # those without slots, too: the gradient of others passes through them
         if isinstance(layer, torch.nn.Linear):
             _mend(layer, base.dtype)
     for module in spec.modules:
-        base.layer(module).base_layer.register_forward_hook(FrozenHook(base.frozen, module, beside.get(module, ())))
+        factors = tuple(factor.to(device) for factor in beside.get(module, ()))
+        base.layer(module).base_layer.register_forward_hook(FrozenHook(base.frozen, module, factors))
     put(base, Adapter(), None, trainable=False)
     base.split_head = spec.task == "causal-lm" and head_splits(base)
     selftest.check(base, "at loading")
@@ -474,19 +487,17 @@ def _mend(layer: Any, dtype: torch.dtype) -> None:
     int8_layers.mend(layer)
 
 
-def _compensation(options: BaseOptions, device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The compensation factors of a copy that has some."""
-    folder = Path(resolved(options.source))
-    copy = copies.read_manifest(str(folder))
-    if copy is None or not copy.compensation:
+def _of_copy(source: str, copy: copies.Manifest) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The compensation factors of a copy, if it has some."""
+    if not copy.compensation:
         return {}
+    file = Path(source) / copies.COMPENSATION
     try:
-        parts = compensation.from_files(load_file(folder / copies.COMPENSATION))
+        return compensation.from_files(load_file(file))
     except LOADING as error:
         raise ConfigError(
-            f"{folder / copies.COMPENSATION}: expected compensation factors, got: {first_line(error)} Make the copy again."
+            f"{file}: expected compensation factors, got: {first_line(error)} Make the copy again."
         ) from None
-    return {module: (a.to(device), b.to(device)) for module, (a, b) in parts.items()}
 
 
 def _let_go_of_the_file(model: Any) -> None:

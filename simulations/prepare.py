@@ -74,6 +74,7 @@ def prepare(config: Config, say: Callable[[str], None] = lambda text: None) -> P
         seed=config.seed,
         device=config.train.device,
         bits=config.quantisation.bits,
+        compensation=config.quantisation.compensation,
     )
     base = load_base(options)
     bases = _bases(config, options, base, say)

@@ -32,6 +32,7 @@ weights are not read. Nothing leaves the machine.
   memory=               the most that training may take, such as 300MB
   formats=              number formats that are allowed, such as nf4,bf16
   download_rank=0       rank of the frozen part that comes beside the adapter
+  compensation=0        rank of the base's compensation factors, where it is quantised
   device=auto           auto, cpu, cuda, mps, xpu
   probe=false           measure speed and memory by some steps in a process of their own
   --what-if KIND:MEMORY the plan of another machine: cuda:24GiB, cuda7.5:16GiB, cpu:4GiB,cores=8
@@ -43,7 +44,7 @@ examples:
 
 _KNOWN = {
     "model": "tiny", "rank": "8", "batch_size": "8", "max_length": "128", "local_steps": "20", "deadline_s": "",
-    "memory": "", "formats": "", "download_rank": "0", "device": "auto", "probe": "false",
+    "memory": "", "formats": "", "download_rank": "0", "compensation": "0", "device": "auto", "probe": "false",
 }  # fmt: skip
 
 
@@ -187,6 +188,7 @@ def _wanted(settings: dict[str, str]) -> Wanted:
         formats=tuple(one for one in settings["formats"].split(",") if one),
         memory_bytes=num_bytes(settings["memory"], "memory") if settings["memory"] else None,
         download_rank=whole("download_rank", 0),
+        compensation=whole("compensation", 0),
     )
 
 

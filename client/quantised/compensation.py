@@ -6,8 +6,11 @@ adapter, which is defined against the full-precision base.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+
+from lamina.client.quantised.selftest import dequantised, is_quantised
 
 # Where both sides are larger, the singular values are found by random projections, with these many more than are wanted.
 _WHOLE, _MORE, _POWERS = 1024, 8, 4
@@ -24,7 +27,7 @@ def factors(weight: torch.Tensor, quantised: torch.Tensor, rank: int) -> tuple[t
     Returns:
         A (rank, d_in) and B (d_out, rank), float32; B A is the truncated singular value decomposition, each with half of it.
     """
-    lost = weight.float() - quantised.float()
+    lost = weight.float() - quantised.to(weight.device).float()
     rank = min(rank, *lost.shape)
     if min(lost.shape) <= _WHOLE:
         left, values, right = torch.linalg.svd(lost, full_matrices=False)
@@ -35,6 +38,29 @@ def factors(weight: torch.Tensor, quantised: torch.Tensor, rank: int) -> tuple[t
             right = right.T
     root = values[:rank].sqrt()
     return (root[:, None] * right[:rank]).contiguous(), (left[:, :rank] * root).contiguous()
+
+
+def of_model(
+    model: Any, exact: Mapping[str, torch.Tensor], rank: int, dtype: torch.dtype
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The factors of every quantised layer of a model.
+
+    Args:
+        model: Quantised, and not yet wrapped.
+        exact: Linear layer -> its weights as they were.
+        rank: Of the approximations.
+        dtype: Of the factors.
+
+    Returns:
+        Module -> (A, B); layers that are not quantised are left out.
+    """
+    found = {}
+    for module, weight in exact.items():
+        layer = model.get_submodule(module)
+        if is_quantised(layer):
+            a, b = factors(weight, dequantised(layer), rank)
+            found[module] = a.to(dtype), b.to(dtype)
+    return found
 
 
 def to_files(parts: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:

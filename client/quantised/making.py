@@ -24,7 +24,6 @@ from lamina.client.loading import (
 )
 from lamina.client.quantised import compensation, copies, formats, mixed
 from lamina.client.quantised.copies import Manifest
-from lamina.client.quantised.selftest import dequantised, is_quantised
 from lamina.protos.errors import ConfigError
 
 _COPIED = ("nf4", "int8", "mixed", "bf16")
@@ -119,7 +118,9 @@ def _made(wanted: Wanted, source: str, part: Path, say: Callable[[str], None]) -
         smaller.save_pretrained(part)
     if wanted.compensation and wanted.format != "bf16":
         say(f"compensation of rank {wanted.compensation}")
-        _compensate(exact, smaller, linears, wanted, part)
+        weights = {module: exact.get_submodule(module).weight.detach() for module in linears}
+        found = compensation.of_model(smaller, weights, wanted.compensation, formats.DTYPES[wanted.compute])
+        save_file(compensation.to_files(found), part / copies.COMPENSATION)
     tokenizer.save_pretrained(part)
     manifest = Manifest(
         format=wanted.format,
@@ -132,18 +133,6 @@ def _made(wanted: Wanted, source: str, part: Path, say: Callable[[str], None]) -
         compensation=wanted.compensation if wanted.format != "bf16" else 0,
     )
     return copies.write_manifest(part, manifest)
-
-
-def _compensate(exact: Any, smaller: Any, linears: dict[str, tuple[int, int]], wanted: Wanted, part: Path) -> None:
-    found = {}
-    for module in linears:
-        layer = smaller.get_submodule(module)
-        if is_quantised(layer):
-            weight = exact.get_submodule(module).weight.detach()
-            found[module] = compensation.factors(weight, dequantised(layer), wanted.compensation)
-    dtype = formats.DTYPES[wanted.compute]
-    tensors = {name: tensor.to(dtype) for name, tensor in compensation.to_files(found).items()}
-    save_file(tensors, part / copies.COMPENSATION)
 
 
 def _save_mixed(model: Any, part: Path) -> None:

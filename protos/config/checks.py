@@ -51,6 +51,7 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "wire.chunk_bytes": (1024, 16 * 1024**2, True),
     "wire.heartbeat_s": (0.05, 3600, True),
     "quantisation.bits": (4.2, 32, True),
+    "quantisation.compensation": (0, 1_000_000, True),
     "evaluate.deadline_s": (0, 1e9, False),
     "coordinator.linger_s": (0, 1e7, True),
     "coordinator.uploads": (1, 10_000, True),

@@ -161,6 +161,9 @@ class QuantisationConfig:
     )
     compute: str = _doc("auto", "of activations and whatever is not quantised: auto (by device), fp32, bf16 or fp16")
     bits: float = _doc(5.0, "bits a weight that format mixed may spend, at least 4.2")
+    compensation: int = _doc(
+        0, "rank of what a client adds to its base for what quantising it on loading loses; 0 is off"
+    )
 
 
 @dataclass
