@@ -17,9 +17,10 @@ from lamina.client.evaluate import score
 from lamina.client.frozen import Frozen, from_files, to_files
 from lamina.client.model import Base, put
 from lamina.client.participant import ClientState, Shared, Site, respond
+from lamina.client.sizing import importance
 from lamina.protos import seeds
 from lamina.protos.adapter import Adapter
-from lamina.protos.config import Config
+from lamina.protos.config import Config, client_names, per_client
 from lamina.protos.errors import CheckpointError, TrainingError
 from lamina.protos.messages import Budget, Instruction, Reply
 from lamina.server.campaign import fixed_settings
@@ -153,6 +154,34 @@ class Cohort:
 
 def _frozen(name: str, content: bytes) -> Frozen:
     return from_files(load_tensors(content), name.removeprefix("frozen-").removesuffix(".safetensors"))
+
+
+def chosen_ranks(config: Config, prepared: Prepared, watcher: Watcher) -> dict[str, dict[str, int]] | None:
+    """The ranks by module that the clients choose on their own training examples; the same whenever a run goes on.
+
+    Args:
+        config: The config.
+        prepared: Base and data.
+        watcher: Told of every choice.
+
+    Returns:
+        Client id -> module -> rank, or None where ranks are uniform.
+
+    Raises:
+        ConfigError: See `importance.chosen_ranks`.
+    """
+    if config.lora.allocation != "importance":
+        return None
+    ranks = per_client(config.clients.ranks, config.clients.count, "clients.ranks")
+    found = {}
+    for client, rank in zip(client_names(config), ranks, strict=True):
+        chosen = importance.chosen_ranks(config, prepared.bases[client], prepared.train[client], rank, client)
+        modules = len(prepared.base.spec.modules)
+        watcher.say(
+            f"client {client}: ranks by importance, up to {max(chosen.values(), default=0)} in {len(chosen)} of {modules} modules"
+        )
+        found[client] = chosen
+    return found
 
 
 def cohort(config: Config, prepared: Prepared, found: Mapping[str, Budget], watcher: Watcher) -> Cohort:

@@ -1,0 +1,226 @@
+"""Which modules a client's rank goes to: those whose loss gradient on its own text has the largest singular values.
+
+A module's gradient G, d_out x d_in, is never formed. The slots that are there anyway sketch it, as in the randomised SVD of
+Halko, Martinsson and Tropp (2011): with random rows in A and B = 0 the gradient of B is G A'; with its orthonormal basis Q in B
+and A = 0 the gradient of A is Q' G, which has the singular values of G as far as Q spans it. The product of the slots is zero
+both times, so the model computes what the base computes. A quantised base is scored like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lamina.client.data import Encoder, Example, examples_of
+from lamina.client.model import SLOT, Base, put, training_mode
+from lamina.client.rows import check_columns, load_rows, text_columns
+from lamina.client.train import autocast, batches, collate, losses, pad_id
+from lamina.protos import seeds
+from lamina.protos.adapter import EMPTY, Adapter, LoraFactors
+from lamina.protos.config import Config, TrainConfig
+from lamina.protos.errors import ConfigError, TrainingError
+from lamina.protos.ranks import most, numbers, uniform
+from lamina.protos.spec import AdapterSpec
+
+Scores = Mapping[str, NDArray[np.float64]]
+# Training batches that a gradient is the mean of.
+BATCHES = 8
+# Further columns of a sketch, so that the last singular values that are asked for are found too.
+OVERSAMPLED = 8
+
+
+def chosen_ranks(
+    config: Config, base: Base, examples: Sequence[Example], rank: int, client_id: str = ""
+) -> dict[str, int]:
+    """What a client trains under `lora.allocation=importance`.
+
+    Args:
+        config: Training settings, rank pattern, public data, privacy mode, seed.
+        base: The base that the client trains on; its slots are empty afterwards.
+        examples: The client's training examples; not looked at where there is public data.
+        rank: The client's nominal rank.
+        client_id: Its name, of which the batches depend.
+
+    Returns:
+        Module -> rank, in the order of the schema, of no more numbers than the nominal rank everywhere; a module that is absent
+        is not trained.
+
+    Raises:
+        ConfigError: If a privacy mode has no public data, or that cannot be read.
+        TrainingError: If a gradient is not finite.
+    """
+    check_public(config)
+    if config.lora.public_data:
+        # Then the choice depends on nothing of the client but its rank.
+        examples, client_id = _public(config, base), ""
+    largest = most(base.spec, rank, config.lora.rank_pattern)
+    columns = {module: base.spec.clamped(wanted + OVERSAMPLED, module) for module, wanted in largest.items()}
+    found = scores(base, examples, columns, config.train, config.seed, client_id)
+    return allocated(base.spec, found, rank, config.lora.rank_pattern)
+
+
+def check_public(config: Config) -> None:
+    """Raise where ranks would tell of private text: under a privacy mode they may be chosen on public data only.
+
+    Args:
+        config: Privacy mode and public data.
+
+    Raises:
+        ConfigError: If there is a mode and no such data.
+    """
+    if config.privacy.mode != "none" and not config.lora.public_data:
+        raise ConfigError(
+            f"lora.allocation=importance with privacy.mode={config.privacy.mode}: expected lora.public_data, text that anybody "
+            "may see, got none. The ranks that a site chooses tell of the text that they were chosen on, and no ledger counts "
+            "that. Set lora.public_data, or lora.allocation=uniform."
+        )
+
+
+def _public(config: Config, base: Base) -> list[Example]:
+    where = f"lora.public_data={config.lora.public_data}"
+    # A revision is of data.source.
+    data = replace(config.data, revision="")
+    rows = load_rows(config.lora.public_data, data)
+    check_columns(rows, text_columns(data, config.task), where)
+    encoder = Encoder(base.tokenizer, data, config.task, base.spec.labels, config.train.max_length)
+    return examples_of(encoder, rows, where, "importance")
+
+
+def allocated(spec: AdapterSpec, found: Scores, rank: int, pattern: Mapping[str, int] | None = None) -> dict[str, int]:
+    """The ranks that catch the largest sum of squared singular values for their numbers.
+
+    A module's i-th rank costs d_out + d_in numbers and catches the square of its i-th singular value. They are taken by what they
+    catch a number until one no longer fits, so that at most one rank of the largest module is left unspent and a larger sum to
+    spend never takes a rank away. Ties, zeros among them, go to lower ranks first and then by the schema's order: without
+    scores the ranks are uniform.
+
+    Args:
+        spec: Module shapes.
+        found: Module -> singular values, falling; missing ones count as zero.
+        rank: The nominal rank, which says how many numbers there are to spend and how many ranks a module may get.
+        pattern: Module-name suffix -> largest rank there.
+
+    Returns:
+        Module -> rank, in the schema's order; modules that get none are absent.
+    """
+    return spent(spec, found, most(spec, rank, pattern), numbers(spec, uniform(spec, rank, pattern)))
+
+
+def spent(spec: AdapterSpec, found: Scores, largest: Mapping[str, int], budget: int) -> dict[str, int]:
+    """As `allocated`, with the bounds given.
+
+    Args:
+        spec: Module shapes.
+        found: Module -> singular values, falling.
+        largest: Module -> most ranks.
+        budget: How many numbers there are to spend.
+
+    Returns:
+        Module -> rank; modules that get none are absent.
+    """
+    # Relative to the largest, so that no square is lost to underflow.
+    unit = max((float(values[0]) for values in found.values() if values.size), default=0.0) or 1.0
+    claims = []
+    for order, (module, shape) in enumerate(spec.modules.items()):
+        values = found.get(module, np.zeros(0))
+        for index in range(largest.get(module, 0)):
+            caught = (float(values[index]) / unit) ** 2 if index < values.size else 0.0
+            claims.append((-caught / sum(shape), index, order, module))
+    ranks: dict[str, int] = {}
+    for _, _, _, module in sorted(claims):
+        budget -= sum(spec.modules[module])
+        if budget < 0:
+            break
+        ranks[module] = ranks.get(module, 0) + 1
+    return {module: ranks[module] for module in spec.modules if module in ranks}
+
+
+def scores(
+    base: Base,
+    examples: Sequence[Example],
+    columns: Mapping[str, int],
+    config: TrainConfig,
+    seed: int,
+    client_id: str = "",
+) -> Scores:
+    """Leading singular values of each module's loss gradient at the base, the mean over a few training batches.
+
+    Takes the memory of slots of that many columns and of one gradient for each, and twice `BATCHES` training steps.
+
+    Args:
+        base: The base; its slots are empty afterwards, whatever happens.
+        examples: What to compute losses on.
+        columns: Module -> columns of its sketch, at most the shorter side of its shape; with that many the values are exact.
+        config: Batch size, accumulation, micro-batch, precision.
+        seed: Of the run.
+        client_id: Of which batches and sketches depend too.
+
+    Returns:
+        Module -> as many values as columns, falling; in nats per target for a unit change of the weight.
+
+    Raises:
+        TrainingError: If a gradient is not finite.
+    """
+    size = config.micro_batch or config.batch_size
+    stream = batches(examples, config.batch_size, seeds.stream(seed, "importance", client_id))
+    drawn = islice(stream, BATCHES * config.accumulation)
+    micro = [batch[start : start + size] for batch in drawn for start in range(0, len(batch), size)]
+    noise = seeds.integer(seed, "importance-dropout", client_id)
+    try:
+        rows = {
+            module: _orthonormal(
+                seeds.stream(seed, "sketch", client_id, module).standard_normal((d_in, columns[module]))
+            )
+            for module, (_, d_in) in base.spec.modules.items()
+            if columns.get(module)
+        }
+        _fill(base, {m: (q.T, np.zeros((base.spec.modules[m][0], q.shape[1]))) for m, q in rows.items()})
+        sketched = _gradients(base, micro, "lora_B", config.precision, noise)
+        _fill(base, {m: (np.zeros((q.shape[1], len(q))), _orthonormal(sketched[m])) for m, q in rows.items()})
+        projected = _gradients(base, micro, "lora_A", config.precision, noise)
+        return {m: np.asarray(np.linalg.svd(values, compute_uv=False), np.float64) for m, values in projected.items()}
+    finally:
+        put(base, EMPTY, None, trainable=False)
+
+
+def _orthonormal(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A basis of the columns."""
+    return np.asarray(np.linalg.qr(matrix)[0])
+
+
+def _fill(base: Base, factors: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]) -> None:
+    put(base, Adapter({m: LoraFactors(a, b, 1.0) for m, (a, b) in factors.items()}), None, trainable=False)
+
+
+def _gradients(
+    base: Base, micro: Sequence[Sequence[Example]], side: str, precision: str, noise: int
+) -> dict[str, NDArray[np.float64]]:
+    """Gradient of the mean loss over all targets, for one side of every slot that is filled."""
+    slots = {}
+    for module in base.spec.modules:
+        slot = getattr(base.layer(module), side)[SLOT].weight
+        if slot.numel():
+            slots[module] = slot.requires_grad_(True)
+    count = 0
+    with training_mode(base):  # which is what has activations computed again, where that is on
+        for number, examples in enumerate(micro):
+            # Dropout must be the same in both passes, or they would sketch two matrices.
+            torch.manual_seed(noise + number)
+            batch = collate(examples, pad_id(base), base.device)
+            with autocast(base.device, precision):
+                summed, _, targets = losses(base, batch)
+            summed.backward()  # type: ignore[no-untyped-call]
+            count += targets
+    found = {m: slot.grad.double().cpu().numpy() / max(1, count) for m, slot in slots.items() if slot.grad is not None}
+    found = {m: found.get(m, np.zeros(tuple(slot.shape))) for m, slot in slots.items()}
+    for module, values in found.items():
+        if not np.isfinite(values).all():
+            raise TrainingError(
+                f"importance: expected finite gradients, got others in {module}. Set lora.allocation=uniform."
+            )
+    return found
