@@ -1,4 +1,4 @@
-"""Which modules a client's rank goes to: those whose loss gradient on its own text has the largest singular values.
+"""Which modules a client's rank goes to: those whose loss gradient on its own text is largest, for the size of the module.
 
 A module's gradient G, d_out x d_in, is never formed. The slots that are there anyway sketch it, as in the randomised SVD of
 Halko, Martinsson and Tropp (2011): with random rows in A and B = 0 the gradient of B is G A'; with its orthonormal basis Q in B
@@ -61,7 +61,23 @@ def chosen_ranks(
     largest = most(base.spec, rank, config.lora.rank_pattern)
     columns = {module: base.spec.clamped(wanted + OVERSAMPLED, module) for module, wanted in largest.items()}
     found = scores(base, examples, columns, config.train, config.seed, client_id)
-    return allocated(base.spec, found, rank, config.lora.rank_pattern)
+    return allocated(base.spec, by_size(base.spec, found), rank, config.lora.rank_pattern)
+
+
+def by_size(spec: AdapterSpec, found: Scores) -> Scores:
+    """Singular values times the numbers of their matrix.
+
+    Adam moves every number by about as much, whatever its gradient, so that one rank moves a large matrix further than a small
+    one. Plain singular values favour small attention matrices and did worse than uniform ranks; see docs/log.md.
+
+    Args:
+        spec: Module shapes.
+        found: See `scores`.
+
+    Returns:
+        What `allocated` is to go by.
+    """
+    return {module: values * float(np.prod(spec.modules[module])) for module, values in found.items()}
 
 
 def check_public(config: Config) -> None:
@@ -92,16 +108,16 @@ def _public(config: Config, base: Base) -> list[Example]:
 
 
 def allocated(spec: AdapterSpec, found: Scores, rank: int, pattern: Mapping[str, int] | None = None) -> dict[str, int]:
-    """The ranks that catch the largest sum of squared singular values for their numbers.
+    """The ranks that catch the largest sum of squared values for their numbers.
 
-    A module's i-th rank costs d_out + d_in numbers and catches the square of its i-th singular value. They are taken by what they
-    catch a number until one no longer fits, so that at most one rank of the largest module is left unspent and a larger sum to
-    spend never takes a rank away. Ties, zeros among them, go to lower ranks first and then by the schema's order: without
+    A module's i-th rank costs d_out + d_in numbers and catches the square of its i-th value. They are taken by what they catch a
+    number until one no longer fits, so that at most one rank of the largest module is left unspent and a larger sum to spend
+    never takes a rank away. Ties, zeros among them, go to lower ranks first and then by the schema's order: without
     scores the ranks are uniform.
 
     Args:
         spec: Module shapes.
-        found: Module -> singular values, falling; missing ones count as zero.
+        found: Module -> values, falling; missing ones count as zero.
         rank: The nominal rank, which says how many numbers there are to spend and how many ranks a module may get.
         pattern: Module-name suffix -> largest rank there.
 
@@ -116,7 +132,7 @@ def spent(spec: AdapterSpec, found: Scores, largest: Mapping[str, int], budget: 
 
     Args:
         spec: Module shapes.
-        found: Module -> singular values, falling.
+        found: Module -> values, falling.
         largest: Module -> most ranks.
         budget: How many numbers there are to spend.
 
