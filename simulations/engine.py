@@ -22,6 +22,7 @@ from lamina.protos import seeds
 from lamina.protos.adapter import Adapter
 from lamina.protos.config import Config, client_names, per_client
 from lamina.protos.errors import CheckpointError, TrainingError
+from lamina.protos.files import sha256
 from lamina.protos.messages import Budget, Instruction, Reply
 from lamina.server.campaign import fixed_settings
 from lamina.server.channel import MemoryChannel
@@ -65,17 +66,24 @@ class Quiet:
         """Nothing."""
 
 
-def identity(config: Config, prepared: Prepared) -> dict[str, Any]:
+def identity(
+    config: Config, prepared: Prepared, chosen: Mapping[str, Mapping[str, int]] | None = None
+) -> dict[str, Any]:
     """What must be the same when a run is resumed.
 
     Args:
         config: The config.
         prepared: Base and data.
+        chosen: What `chosen_ranks` gives.
 
     Returns:
-        See `campaign.fixed_settings`, and the corpus hash.
+        See `campaign.fixed_settings`, the corpus hash, and a hash of the chosen ranks where there are some, as they depend on
+        text besides: `lora.public_data`.
     """
-    return fixed_settings(config, prepared.base.spec) | {"corpus hash": prepared.corpus["hash"]}
+    fixed = fixed_settings(config, prepared.base.spec) | {"corpus hash": prepared.corpus["hash"]}
+    if chosen is None:
+        return fixed
+    return fixed | {"ranks by importance, hash": sha256(json.dumps(chosen, sort_keys=True).encode())}
 
 
 @dataclass

@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lamina.client.data import Encoder, Example, examples_of
-from lamina.client.model import SLOT, Base, put, training_mode
+from lamina.client.model import SLOT, Base, put, set_checkpointing, training_mode
 from lamina.client.rows import check_columns, load_rows, text_columns
 from lamina.client.train import autocast, batches, collate, losses, pad_id
 from lamina.protos import seeds
-from lamina.protos.adapter import EMPTY, Adapter, LoraFactors
+from lamina.protos.adapter import EMPTY, Adapter, Array, LoraFactors
 from lamina.protos.config import Config, TrainConfig
 from lamina.protos.errors import ConfigError, TrainingError
 from lamina.protos.ranks import most, numbers, uniform
@@ -166,13 +167,14 @@ def scores(
 ) -> Scores:
     """Leading singular values of each module's loss gradient at the base, the mean over a few training batches.
 
-    Takes the memory of slots of that many columns and of one gradient for each, and twice `BATCHES` training steps.
+    Takes the time of twice `BATCHES` training steps, and in memory slots of that many columns with a gradient for one side:
+    with four times the rank that is about one and a half times what adapter and optimizer take in training.
 
     Args:
         base: The base; its slots are empty afterwards, whatever happens.
         examples: What to compute losses on.
         columns: Module -> columns of its sketch, at most the shorter side of its shape; with that many the values are exact.
-        config: Batch size, accumulation, micro-batch, precision.
+        config: Batch size, accumulation, micro-batch, checkpointing, precision.
         seed: Of the run.
         client_id: Of which batches and sketches depend too.
 
@@ -187,35 +189,43 @@ def scores(
     drawn = islice(stream, BATCHES * config.accumulation)
     micro = [batch[start : start + size] for batch in drawn for start in range(0, len(batch), size)]
     noise = seeds.integer(seed, "importance-dropout", client_id)
+    names = [module for module in base.spec.modules if columns.get(module)]
+    if config.checkpointing is not None:
+        set_checkpointing(base, config.checkpointing)
     try:
-        rows = {
-            module: _orthonormal(
-                seeds.stream(seed, "sketch", client_id, module).standard_normal((d_in, columns[module]))
-            )
-            for module, (_, d_in) in base.spec.modules.items()
-            if columns.get(module)
-        }
-        _fill(base, {m: (q.T, np.zeros((base.spec.modules[m][0], q.shape[1]))) for m, q in rows.items()})
+        _fill(base, {m: LoraFactors(*_rows(base, m, columns[m], seed, client_id), 1.0) for m in names})
         sketched = _gradients(base, micro, "lora_B", config.precision, noise)
-        _fill(base, {m: (np.zeros((q.shape[1], len(q))), _orthonormal(sketched[m])) for m, q in rows.items()})
+        _fill(base, {m: LoraFactors(*_columns(base, m, sketched.pop(m)), 1.0) for m in names})
         projected = _gradients(base, micro, "lora_A", config.precision, noise)
-        return {m: np.asarray(np.linalg.svd(values, compute_uv=False), np.float64) for m, values in projected.items()}
+        return {m: np.linalg.svd(values.astype(np.float64), compute_uv=False) for m, values in projected.items()}
     finally:
         put(base, EMPTY, None, trainable=False)
 
 
-def _orthonormal(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+def _rows(base: Base, module: str, columns: int, seed: int, client_id: str) -> tuple[Array, Array]:
+    """Random orthonormal rows for A, and B = 0."""
+    d_out, d_in = base.spec.modules[module]
+    drawn = seeds.stream(seed, "sketch", client_id, module).standard_normal((d_in, columns))
+    return _orthonormal(drawn).T, np.zeros((d_out, columns), np.float32)
+
+
+def _columns(base: Base, module: str, sketched: Array) -> tuple[Array, Array]:
+    """A = 0, and for B a basis of what was sketched."""
+    return np.zeros((sketched.shape[1], base.spec.modules[module][1]), np.float32), _orthonormal(sketched)
+
+
+def _orthonormal(matrix: NDArray[Any]) -> Array:
     """A basis of the columns."""
-    return np.asarray(np.linalg.qr(matrix)[0])
+    return np.asarray(np.linalg.qr(matrix.astype(np.float64))[0], np.float32)
 
 
-def _fill(base: Base, factors: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]) -> None:
-    put(base, Adapter({m: LoraFactors(a, b, 1.0) for m, (a, b) in factors.items()}), None, trainable=False)
+def _fill(base: Base, factors: Mapping[str, LoraFactors]) -> None:
+    put(base, Adapter(factors), None, trainable=False)
 
 
 def _gradients(
     base: Base, micro: Sequence[Sequence[Example]], side: str, precision: str, noise: int
-) -> dict[str, NDArray[np.float64]]:
+) -> dict[str, Array]:
     """Gradient of the mean loss over all targets, for one side of every slot that is filled."""
     slots = {}
     for module in base.spec.modules:
@@ -232,10 +242,12 @@ def _gradients(
                 summed, _, targets = losses(base, batch)
             summed.backward()  # type: ignore[no-untyped-call]
             count += targets
-    found = {m: slot.grad.double().cpu().numpy() / max(1, count) for m, slot in slots.items() if slot.grad is not None}
-    found = {m: found.get(m, np.zeros(tuple(slot.shape))) for m, slot in slots.items()}
-    for module, values in found.items():
-        if not np.isfinite(values).all():
+    found = {}
+    for module, slot in slots.items():
+        # A module that the loss does not depend on has none.
+        gradient = torch.zeros_like(slot) if slot.grad is None else slot.grad / max(1, count)
+        found[module] = np.asarray(gradient.detach().float().cpu().numpy())
+        if not np.isfinite(found[module]).all():
             raise TrainingError(
                 f"importance: expected finite gradients, got others in {module}. Set lora.allocation=uniform."
             )

@@ -22,7 +22,7 @@ from lamina.client.train import batches, collate, losses, pad_id
 from lamina.protos import ranks as ranking
 from lamina.protos import seeds
 from lamina.protos.config import Config, TrainConfig
-from lamina.protos.errors import ConfigError, DataError, TrainingError
+from lamina.protos.errors import CheckpointError, ConfigError, DataError, TrainingError
 from lamina.server.store.base import Completed
 from lamina.simulations.prepare import prepare
 from lamina.simulations.run import simulate
@@ -142,7 +142,7 @@ def test_dropout_is_the_same_in_both_passes(bert: Path, questions: Path) -> None
 
     def spied(one: Base, micro: Any, side: str, precision: str, noise: int) -> Any:
         seen[side] = inner(one, micro, side, precision, noise)
-        return seen[side]
+        return dict(seen[side])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importance, "_gradients", spied)
@@ -245,3 +245,14 @@ def test_on_public_text_every_client_of_one_rank_chooses_on_that_alone(
     one = simulate(small(llama, notes, *words, f"output={tmp_path / 'one'}"), Quiet())
     other = simulate(small(llama, notes, *words, "partition=iid", f"output={tmp_path / 'other'}"), Quiet())
     assert one.summary["ranks"] == other.summary["ranks"]
+    assert one.summary["ranks"]["0"] == one.summary["ranks"]["2"]
+
+
+def test_a_run_whose_public_text_has_changed_is_not_resumed(llama: Path, notes: Path, tmp_path: Path) -> None:
+    public = texts.write_jsonl(tmp_path / "public.jsonl", texts.notes())
+    config = small(llama, notes, *IMPORTANCE, f"lora.public_data={public}", f"output={tmp_path / 'run'}")
+    with pytest.raises(Killed):
+        simulate(config, Quiet(after=interrupt))
+    texts.write_jsonl(public, [{"text": "0123456789 " * 9}] * 40)
+    with pytest.raises(CheckpointError, match="ranks by importance"):
+        simulate(replace(config, resume=str(tmp_path / "run")), Quiet())
