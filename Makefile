@@ -45,6 +45,7 @@ test-long: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/importance.py
 	$(BIN)/python benchmarks/encoder.py
 	$(BIN)/python benchmarks/transport.py
 	$(BIN)/python benchmarks/quantised.py

@@ -112,7 +112,7 @@ def budget(config: Config, spec: AdapterSpec, rank: int, chosen: Mapping[str, in
         ConfigError: If the rank pattern leaves nothing to train, or the client asks for more than its rank gives.
     """
     ranks = per_client(config.clients.ranks, config.clients.count, "clients.ranks")
-    largest = config.clients.download_rank or _cohort_rank(config, ranks)
+    largest = config.clients.download_rank or _spread(config) * _cohort_rank(config, ranks)
     train = uniform(spec, rank, config.lora.rank_pattern)
     if chosen is not None:
         check(spec, chosen, rank, config.lora.rank_pattern, config.lora.allocation)
@@ -130,6 +130,11 @@ def _cohort_rank(config: Config, ranks: Sequence[int]) -> int:
     """The sum of a cohort's ranks; under partial participation, of the largest that can meet."""
     size = max(1, round(config.clients.fraction * len(ranks)))
     return sum(sorted(ranks, reverse=True)[:size])
+
+
+def _spread(config: Config) -> int:
+    """How many times its nominal rank a client may have in one module."""
+    return SPREAD if config.lora.allocation == "importance" else 1
 
 
 def scale(config: Config, client_rank: int, rank: int) -> float:
@@ -165,11 +170,10 @@ def campaign(config: Config, spec: AdapterSpec, found: Mapping[str, Budget], run
         m: next((b.scale[m] for b in found.values() if b.train.get(m, 0) == rank[m] and rank[m]), 2.0) for m in rank
     }
     ranks = per_client(config.clients.ranks, config.clients.count, "clients.ranks")
-    spread = SPREAD if config.lora.allocation == "importance" else 1
     options = Options(
         rank=rank,
         scale=scales,
-        rank_cap=config.aggregation.rank_cap or 2 * max(ranks) * spread,
+        rank_cap=config.aggregation.rank_cap or 2 * max(ranks) * _spread(config),
         weighting=config.aggregation.weights,  # type: ignore[arg-type]
         learning_rate=config.aggregation.learning_rate,
         seed=config.seed,

@@ -33,7 +33,8 @@ def peft_config(adapter: Adapter, spec: AdapterSpec) -> dict[str, Any]:
     """
     ranks = {module: max(1, factors.rank) for module, factors in adapter.lora.items()}
     rank = max(ranks.values(), default=1)
-    pattern = {module: value for module, value in ranks.items() if value != rank}
+    # A state from a checkpoint has another order than a fresh one; the file is to have the same bytes.
+    pattern = {module: value for module, value in sorted(ranks.items()) if value != rank}
     heads = sorted({name.rsplit(".", 1)[0] for name in spec.dense})
     return {
         "peft_type": "LORA",

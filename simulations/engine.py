@@ -17,10 +17,12 @@ from lamina.client.evaluate import score
 from lamina.client.frozen import Frozen, from_files, to_files
 from lamina.client.model import Base, put
 from lamina.client.participant import ClientState, Shared, Site, respond
+from lamina.client.sizing import importance
 from lamina.protos import seeds
 from lamina.protos.adapter import Adapter
-from lamina.protos.config import Config
+from lamina.protos.config import Config, client_names, per_client
 from lamina.protos.errors import CheckpointError, TrainingError
+from lamina.protos.files import sha256
 from lamina.protos.messages import Budget, Instruction, Reply
 from lamina.server.campaign import fixed_settings
 from lamina.server.channel import MemoryChannel
@@ -64,17 +66,24 @@ class Quiet:
         """Nothing."""
 
 
-def identity(config: Config, prepared: Prepared) -> dict[str, Any]:
+def identity(
+    config: Config, prepared: Prepared, chosen: Mapping[str, Mapping[str, int]] | None = None
+) -> dict[str, Any]:
     """What must be the same when a run is resumed.
 
     Args:
         config: The config.
         prepared: Base and data.
+        chosen: What `chosen_ranks` gives.
 
     Returns:
-        See `campaign.fixed_settings`, and the corpus hash.
+        See `campaign.fixed_settings`, the corpus hash, and a hash of the chosen ranks where there are some, as they depend on
+        text besides: `lora.public_data`.
     """
-    return fixed_settings(config, prepared.base.spec) | {"corpus hash": prepared.corpus["hash"]}
+    fixed = fixed_settings(config, prepared.base.spec) | {"corpus hash": prepared.corpus["hash"]}
+    if chosen is None:
+        return fixed
+    return fixed | {"ranks by importance, hash": sha256(json.dumps(chosen, sort_keys=True).encode())}
 
 
 @dataclass
@@ -153,6 +162,34 @@ class Cohort:
 
 def _frozen(name: str, content: bytes) -> Frozen:
     return from_files(load_tensors(content), name.removeprefix("frozen-").removesuffix(".safetensors"))
+
+
+def chosen_ranks(config: Config, prepared: Prepared, watcher: Watcher) -> dict[str, dict[str, int]] | None:
+    """The ranks by module that the clients choose on their own training examples; the same whenever a run goes on.
+
+    Args:
+        config: The config.
+        prepared: Base and data.
+        watcher: Told of every choice.
+
+    Returns:
+        Client id -> module -> rank, or None where ranks are uniform.
+
+    Raises:
+        ConfigError: See `importance.chosen_ranks`.
+    """
+    if config.lora.allocation != "importance":
+        return None
+    ranks = per_client(config.clients.ranks, config.clients.count, "clients.ranks")
+    found = {}
+    for client, rank in zip(client_names(config), ranks, strict=True):
+        chosen = importance.chosen_ranks(config, prepared.bases[client], prepared.train[client], rank, client)
+        modules = len(prepared.base.spec.modules)
+        watcher.say(
+            f"client {client}: ranks by importance, up to {max(chosen.values(), default=0)} in {len(chosen)} of {modules} modules"
+        )
+        found[client] = chosen
+    return found
 
 
 def cohort(config: Config, prepared: Prepared, found: Mapping[str, Budget], watcher: Watcher) -> Cohort:

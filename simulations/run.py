@@ -74,8 +74,9 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
     path = Path(config.resume or config.output or default_output())
     prepared = prepared or prepare(config, watcher.say)
     config = _pinned(config, prepared)
-    fixed = engine.identity(config, prepared)
-    found = campaigns.budgets(config, prepared.base.spec)
+    chosen = engine.chosen_ranks(config, prepared, watcher)
+    fixed = engine.identity(config, prepared, chosen)
+    found = campaigns.budgets(config, prepared.base.spec, chosen)
     campaign = campaigns.campaign(config, prepared.base.spec, found, campaigns.run_id(fixed))
     cohort = engine.cohort(config, prepared, found, watcher)
     resumed = _start(config, path, fixed, cohort)
@@ -103,6 +104,8 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
     run = Run(campaign.run_id, prepared.names, found, "exported", prepared.base.spec)
     summary = summarise(config, run, path, (base_figures, final), clock)
     summary |= {"baselines": baselines, "corpus": dict(prepared.corpus)}
+    if chosen is not None:
+        summary["ranks"] = chosen
     _write(path, state, prepared, summary, config)
     return Finished(path, summary)
 
