@@ -213,7 +213,7 @@ class Listener:
         """Register, or with `ask` learn the terms on which one could."""
         identity, policy = self._settings.address.identity, self._settings.policy
         run_id, held = self.held
-        document = {
+        document: dict[str, Any] = {
             "kind": st.REGISTER,
             "versions": list(VERSIONS),
             "rank": wish.rank,

@@ -39,6 +39,7 @@ from lamina.client.sizing.fitting import (
     to_keep,
     wanted_of,
 )
+from lamina.client.sizing.importance import check_public, chosen_ranks
 from lamina.client.sizing.planner import SHARE, Plan, Wanted, size
 from lamina.client.work import Sized, Trained
 from lamina.protos import compose
@@ -134,8 +135,6 @@ class SiteWorker:
         if offer.equal_ranks:
             return offered
         if config.lora.allocation == "importance" and self._policy.leave.allocation:
-            from lamina.client.sizing.importance import check_public, chosen_ranks
-
             check_public(config)
             base = self._with_base(config, spec)
             ranks = chosen_ranks(config, base, self._examples(config, spec).train, chosen.rank, client_id)
@@ -180,7 +179,7 @@ class SiteWorker:
     def _with_base(self, config: Config, spec: AdapterSpec) -> Base:
         targets = config.lora.target_modules
         quantisation = config.quantisation
-        key = (config.task, spec.labels, str(targets), config.seed, quantisation.format, quantisation.compute)
+        key = (config.task, spec.labels, str(targets), config.seed, str(quantisation))
         if self._base is None or key != self._loaded:
             self._say(f"loading {config.model.source}")
             options = BaseOptions(
@@ -194,6 +193,7 @@ class SiteWorker:
                 format=quantisation.format,
                 compute=quantisation.compute,
                 bits=quantisation.bits,
+                compensation=quantisation.compensation,
             )
             self._base = None  # before the next is loaded
             self._check_copy(config.model.source)

@@ -49,6 +49,7 @@ class Wanted:
         dense: Parameters that are trained whole.
         whole: Whether every layer must have the rank that was asked.
         only: The number format and the compute format that must be taken, such as a quantised copy's, or None for the best.
+        importance: Whether ranks are chosen by importance, which is scored with more columns than are trained.
         micro_batch: Examples of a forward pass, where the site has decided.
         checkpointing: Whether activations are computed again, where the site has decided.
         optimizer: Its name, where the site has decided.
@@ -71,6 +72,7 @@ class Wanted:
     dense: int = 0
     whole: bool = False
     only: tuple[str, str] | None = None
+    importance: bool = False
     micro_batch: int | None = None
     checkpointing: bool | None = None
     optimizer: str | None = None
@@ -255,6 +257,8 @@ def _point(
     overhead = profile.overhead_bytes.get(number_format, _CONTEXT_BYTES.get(profile.kind, RUNTIME_BYTES))
     speed = profile.speeds.get(number_format)
     passes = wanted.batch_size // micro * wanted.accumulation
+    counted = terms(shape, step, overhead)
+    counted["importance"] = counted["adapter, gradients and optimizer"] // 2 if wanted.importance else 0
     seconds = None
     if speed is not None:
         again = 1.35 if checkpointing else 1.0
@@ -270,8 +274,8 @@ def _point(
         max_length=length,
         checkpointing=checkpointing,
         optimizer=optimizer,
-        terms=terms(shape, step, overhead),
-        peak_bytes=int(SAFETY * peak_bytes(shape, step, overhead)),
+        terms=counted,
+        peak_bytes=int(SAFETY * max(sum(counted.values()), peak_bytes(shape, step, overhead))),
         budget_bytes=budget_of(profile, wanted),
         seconds=seconds,
     )

@@ -221,8 +221,10 @@ def test_where_less_is_free_at_a_round_than_was_planned_with_the_plan_shrinks(
     one.size(offered(schema), schema, None)
     one.begin(offered(schema), schema, {}, -1)
     before = plan_of(one)
+    assert one._fit is not None
+    held = one._imports + one._fit.held + int(0.9 * before.peak_bytes)
     monkeypatch.setattr(module, "host_memory", lambda: (10**9, 0))
-    monkeypatch.setattr(resident, "now", lambda: one._imports + one._fit.held + int(0.9 * before.peak_bytes))
+    monkeypatch.setattr(resident, "now", lambda: held)
     one.train(instruction(schema), lambda step: None)
     after = plan_of(one)
     assert after.peak_bytes <= 0.9 * before.peak_bytes
