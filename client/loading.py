@@ -21,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lamina.client.hardware import profile
 from lamina.client.hashes import hash_chat_template, hash_config, hash_tokenizer, hash_weights
-from lamina.client.model import Base, FrozenHook, head_splits, put
+from lamina.client.model import PREFIX, Base, FrozenHook, head_splits, put
 from lamina.client.quantised import compensation, copies, formats, int8_layers, mixed, odd_rows, selftest
 from lamina.protos import seeds
-from lamina.protos.adapter import Adapter
+from lamina.protos.adapter import Adapter, Array
 from lamina.protos.errors import ConfigError
 from lamina.protos.spec import AdapterSpec
 
@@ -142,16 +142,22 @@ def load_base(options: BaseOptions) -> Base:
     compute = formats.DTYPES[options.compute]
     known = dict(copy.base) if copy else {}
     left_out: Sequence[str] = ()
+    drawn: dict[str, Array] = {}  # the same first values in whatever format
+    whole: set[str] = set()  # modules with new parameters, which are trained whole and not quantised
     exact: dict[str, torch.Tensor] = {}
     if not copy and options.format != "fp32":
         # The hashes are those of the full-precision base, which is dropped before the smaller one is made, or becomes it.
         model, missing = load_model(source, replace(options, format="fp32"), tokenizer, "auto")
-        left_out = not_quantised(model, options.format, options.compute)
+        whole = {name.rpartition(".")[0] for name in missing}
+        left_out = [*not_quantised(model, options.format, options.compute), *sorted(whole)]
+        drawn = {name: model.get_parameter(name).detach().float().cpu().numpy().copy() for name in missing}
         known = {"weights": weights_hash(model, missing), "config": hash_config(model.config)}
         if options.compensation:
-            exact = {module: model.get_submodule(module).weight.detach() for module in linear_layers(model)}
+            kept = [module for module in linear_layers(model) if module not in whole]
+            exact = {module: model.get_submodule(module).weight.detach() for module in kept}
     if options.format == "mixed" and copy is None:
-        mixed.quantise(model, mixed.chosen(model, linear_layers(model), options.bits), options.compute)
+        shapes = {module: shape for module, shape in linear_layers(model).items() if module not in whole}
+        mixed.quantise(model, mixed.chosen(model, shapes, options.bits), options.compute)
     else:
         model = None
         model, missing = load_model(source, options, tokenizer, compute, left_out)
@@ -169,7 +175,7 @@ def load_base(options: BaseOptions) -> Base:
         "chat_template": hash_chat_template(tokenizer),
     }
     targets = target_modules(model, options.target_modules, new)
-    dense = {name: model.get_parameter(name).detach().float().cpu().numpy().copy() for name in new}
+    dense = drawn or {name: model.get_parameter(name).detach().float().cpu().numpy().copy() for name in new}
     spec = AdapterSpec(
         modules=targets,
         task=options.task,
@@ -470,6 +476,8 @@ def _with_slots(
     for module in spec.modules:
         factors = tuple(factor.to(device) for factor in beside.get(module, ()))
         base.layer(module).base_layer.register_forward_hook(FrozenHook(base.frozen, module, factors))
+    for module in sorted({name.rpartition(".")[0] for name in spec.dense}) if base.dtype != torch.float32 else ():
+        _in_float32(base.model.get_submodule(PREFIX + module), base.dtype)
     put(base, Adapter(), None, trainable=False)
     base.split_head = spec.task == "causal-lm" and head_splits(base)
     selftest.check(base, "at loading")
@@ -485,6 +493,17 @@ def _mend(layer: Any, dtype: torch.dtype) -> None:
         layer.compute_dtype = dtype  # a copy's may be another
         odd_rows.mend(layer)
     int8_layers.mend(layer)
+
+
+def _in_float32(layer: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Have a layer that is trained whole keep float32 numbers in a base of 16 bits, where small steps would be rounded away."""
+
+    def widened(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+    layer.float()
+    layer.register_forward_pre_hook(widened)
+    layer.register_forward_hook(lambda _, inputs, output: output.to(dtype))
 
 
 def _of_copy(source: str, copy: copies.Manifest) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from lamina.client.data import Example
 from lamina.client.loading import BaseOptions, load_base
 from lamina.client.model import put, take
-from lamina.protos.adapter import Adapter
+from lamina.client.train import Task, train
+from lamina.protos.adapter import EMPTY, Adapter
 from lamina.protos.codec import decode
+from lamina.protos.config import TrainConfig
 from lamina.protos.errors import ConfigError, DataError
 from lamina.simulations import engine
 from lamina.simulations.prepare import prepare
@@ -172,3 +177,29 @@ def test_what_cannot_be_prepared_says_why(llama: Path, notes: Path, words: list[
 def test_target_modules_that_are_no_names_are_config_errors(llama: Path, notes: Path, value: str) -> None:
     with pytest.raises(ConfigError):
         prepare(small(llama, notes, f"lora.target_modules={value}"))
+
+
+@pytest.mark.parametrize(
+    ("number_format", "compute"), [("nf4", "fp32"), ("int8", "bf16"), ("mixed", "fp32"), ("bf16", "bf16")]
+)
+def test_new_parameters_of_a_smaller_base_stay_float32_and_learn(bert: Path, number_format: str, compute: str) -> None:
+    if number_format != "bf16":
+        pytest.importorskip("bitsandbytes")
+    exact = load_base(options(bert))
+    base = load_base(replace(options(bert), format=number_format, compute=compute))
+    assert base.spec.dense.keys() == exact.spec.dense.keys()
+    for name, first in exact.spec.dense.items():
+        assert base.parameter(name).dtype == torch.float32
+        np.testing.assert_array_equal(base.spec.dense[name], first)
+    rng = np.random.default_rng(0)
+    examples = [
+        Example(rng.integers(5, 900, 8).astype(np.int32) + 20 * (number % 2), np.zeros(8, bool), number % 2)
+        for number in range(8)
+    ]
+    config = TrainConfig(local_steps=8, batch_size=8, learning_rate=1e-5, schedule="constant", max_grad_norm=0.0)
+    put(base, Adapter({}, dict(base.spec.dense)), None)
+    train(base, examples, Task("0", 1, 1, 0, config), EMPTY)
+    for name, first in base.spec.dense.items():
+        moved = np.abs(take(base).dense[name] - first).max()
+        # AdamW's first steps are of about the learning rate, which 16 bits would round away.
+        assert 2e-5 < moved < 1e-4, name

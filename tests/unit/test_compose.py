@@ -225,7 +225,7 @@ def test_help_shows_each_default_on_one_line_and_the_shorthands_of_its_keys() ->
 
 
 @pytest.mark.parametrize(
-    ("command", "shorthands"), [("coordinator", {"strategy", "privacy"}), ("client", {"data", "model"})]
+    ("command", "shorthands"), [("coordinator", {"strategy", "privacy"}), ("client", {"data", "model", "quantisation"})]
 )
 def test_a_commands_help_lists_what_it_reads_and_nothing_else(
     command: str, shorthands: set[str], capsys: pytest.CaptureFixture[str]
