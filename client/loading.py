@@ -5,7 +5,7 @@ Weights come from safetensors files only; no code from a model repository is run
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,18 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 from lamina.client.hardware import profile
 from lamina.client.hashes import hash_chat_template, hash_config, hash_tokenizer, hash_weights
-from lamina.client.model import PREFIX, Base, FrozenHook, head_splits, put
-from lamina.client.quantised import compensation, copies, formats, int8_layers, mixed, odd_rows, selftest
+from lamina.client.model import Base, set_checkpointing
+from lamina.client.quantised import compensation, copies, formats, mixed
+from lamina.client.quantised.layers import linear_layers, not_quantised
+from lamina.client.slots import let_go_of_the_file, with_slots
 from lamina.protos import seeds
-from lamina.protos.adapter import Adapter, Array
+from lamina.protos.adapter import Array
 from lamina.protos.errors import ConfigError
 from lamina.protos.spec import AdapterSpec
 
@@ -185,8 +185,13 @@ def load_base(options: BaseOptions) -> Base:
         hashes=hashes,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
     )
-    revision = getattr(model.config, "_commit_hash", None) or options.revision
-    return _with_slots(model, tokenizer, spec, device, revision, options, beside)
+    if options.format != "fp32" and copy is None:
+        let_go_of_the_file(model)
+    base = with_slots(model, tokenizer, spec, device, options.format, options.compute, beside)
+    base.revision = getattr(model.config, "_commit_hash", None) or options.revision
+    if options.checkpointing:
+        set_checkpointing(base, True)
+    return base
 
 
 def _with_format(options: BaseOptions, copy: copies.Manifest | None, device: torch.device) -> BaseOptions:
@@ -348,53 +353,6 @@ def _mixed_copy(source: str, copy: copies.Manifest, options: BaseOptions) -> Any
     return model
 
 
-def not_quantised(model: Any, number_format: str, compute: str) -> list[str]:
-    """What stays in the compute format: the output head, and matrices that the format cannot hold.
-
-    Args:
-        model: In full precision.
-        number_format: Of the linear layers.
-        compute: Of the activations.
-
-    Returns:
-        Module names.
-    """
-    shapes = linear_layers(model)
-    odd = [name for name, shape in shapes.items() if formats.held(number_format, compute, shape) != number_format]
-    head = head_name(model)
-    return [head, *odd] if head else odd
-
-
-def head_name(model: Any) -> str:
-    """Name of a model's output head.
-
-    Args:
-        model: Of transformers.
-
-    Returns:
-        Empty for a model without one.
-    """
-    head = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if head is not None and module is head), "")
-
-
-def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
-    """What is quantised: every linear layer but the output head.
-
-    Args:
-        model: Of transformers.
-
-    Returns:
-        Module -> (d_out, d_in).
-    """
-    head = head_name(model)
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != head
-    }
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's text.
 
@@ -446,66 +404,6 @@ def _matches(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
-def _with_slots(
-    model: Any, tokenizer: Any, spec: AdapterSpec, device: torch.device, revision: str, options: BaseOptions,
-    beside: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-) -> Base:  # fmt: skip
-    if options.format != "fp32" and copies.read_manifest(resolved(options.source)) is None:
-        _let_go_of_the_file(model)
-    model = get_peft_model(
-        model,
-        PeftLoraConfig(
-            r=1, lora_alpha=1, target_modules=list(spec.modules), fan_in_fan_out=spec.fan_in_fan_out, lora_dropout=0.0
-        ),
-    )
-    model.requires_grad_(False)
-    if options.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    base = Base(
-        model=model.to(device).eval(),
-        tokenizer=tokenizer,
-        spec=spec,
-        device=device,
-        revision=revision,
-        format=options.format,
-        dtype=formats.DTYPES[options.compute],
-    )
-    for layer in base.model.modules():  # those without slots, too: the gradient of others passes through them
-        if isinstance(layer, torch.nn.Linear):
-            _mend(layer, base.dtype)
-    for module in spec.modules:
-        factors = tuple(factor.to(device) for factor in beside.get(module, ()))
-        base.layer(module).base_layer.register_forward_hook(FrozenHook(base.frozen, module, factors))
-    for module in sorted({name.rpartition(".")[0] for name in spec.dense}) if base.dtype != torch.float32 else ():
-        _in_float32(base.model.get_submodule(PREFIX + module), base.dtype)
-    put(base, Adapter(), None, trainable=False)
-    base.split_head = spec.task == "causal-lm" and head_splits(base)
-    selftest.check(base, "at loading")
-    return base
-
-
-def _mend(layer: Any, dtype: torch.dtype) -> None:
-    """Let a layer of bitsandbytes train as it should; another is left as it is."""
-    if hasattr(layer, "support_avx512bf16_for_cpu"):
-        # Else an evaluation packs the weights for a kernel that has no gradient, and training goes on with wrong ones.
-        layer.support_avx512bf16_for_cpu = False
-    if hasattr(layer, "compute_dtype"):
-        layer.compute_dtype = dtype  # a copy's may be another
-        odd_rows.mend(layer)
-    int8_layers.mend(layer)
-
-
-def _in_float32(layer: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Have a layer that is trained whole keep float32 numbers in a base of 16 bits, where small steps would be rounded away."""
-
-    def widened(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
-
-    layer.float()
-    layer.register_forward_pre_hook(widened)
-    layer.register_forward_hook(lambda _, inputs, output: output.to(dtype))
-
-
 def _of_copy(source: str, copy: copies.Manifest) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The compensation factors of a copy, if it has some."""
     if not copy.compensation:
@@ -517,10 +415,3 @@ def _of_copy(source: str, copy: copies.Manifest) -> dict[str, tuple[torch.Tensor
         raise ConfigError(
             f"{file}: expected compensation factors, got: {first_line(error)} Make the copy again."
         ) from None
-
-
-def _let_go_of_the_file(model: Any) -> None:
-    """Copy what is kept as it is in the file, which else stays mapped as a whole for the sake of a few parameters."""
-    for parameter in model.parameters():
-        if type(parameter) is torch.nn.Parameter and parameter.dtype.is_floating_point:
-            parameter.data = parameter.data.clone()

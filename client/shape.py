@@ -12,8 +12,9 @@ import transformers
 from accelerate import init_empty_weights
 from transformers.pytorch_utils import Conv1D
 
-from lamina.client.loading import LOADING, first_line, head_name, resolved
+from lamina.client.loading import LOADING, first_line, resolved
 from lamina.client.quantised import copies
+from lamina.client.quantised.layers import head_name
 from lamina.client.sizing.memory import Shape
 from lamina.protos.errors import ConfigError
 

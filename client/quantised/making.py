@@ -15,15 +15,14 @@ from lamina.client.hashes import hash_chat_template, hash_config, hash_tokenizer
 from lamina.client.loading import (
     WEIGHTS,
     BaseOptions,
-    linear_layers,
     load_model,
     load_tokenizer,
-    not_quantised,
     resolved,
     weights_hash,
 )
 from lamina.client.quantised import compensation, copies, formats, mixed
 from lamina.client.quantised.copies import Manifest
+from lamina.client.quantised.layers import linear_layers, not_quantised
 from lamina.protos.errors import ConfigError
 
 _COPIED = ("nf4", "int8", "mixed", "bf16")
