@@ -23,7 +23,8 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from lamina.protos.errors import IdentityError, one_line
+from lamina.client.hardware import host_memory, size
+from lamina.protos.errors import ConfigError, IdentityError, one_line
 from lamina.protos.identity import Finding, check, load, require_tls13
 from lamina.protos.preflight import NETWORK, address, plain, preflight
 
@@ -169,24 +170,9 @@ def devices() -> Iterator[Line]:
 
 def _free_memory_bytes() -> int | None:
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
-
-
-def size(num_bytes: int) -> str:
-    """Bytes for reading.
-
-    Args:
-        num_bytes: How many.
-
-    Returns:
-        In GiB.
-    """
-    return f"{num_bytes / 1024**3:.1f} GiB"
+        return host_memory()[1]
+    except ConfigError:
+        return None
 
 
 def state(folder: Path) -> Iterator[Line]:

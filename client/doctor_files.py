@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lamina.client.doctor import Line, size
+from lamina.client.doctor import Line
+from lamina.client.hardware import size
 from lamina.client.policy import Policy, read
 from lamina.client.rows import glance
 from lamina.protos import spec as specs

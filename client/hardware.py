@@ -84,6 +84,23 @@ def num_bytes(text: str, where: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
+def size(num_bytes: float) -> str:
+    """Bytes for a person.
+
+    Args:
+        num_bytes: How many.
+
+    Returns:
+        Such as `1.4 GB`.
+    """
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
 def what_if(text: str) -> Profile:
     """The profile of a machine that is not here.
 

@@ -18,7 +18,7 @@ from lamina.client import frozen as frozen_part
 from lamina.client import policy as policies
 from lamina.client.data import Example
 from lamina.client.evaluate import score
-from lamina.client.hardware import host_memory, profile
+from lamina.client.hardware import host_memory, profile, size
 from lamina.client.listening import Wish
 from lamina.client.loading import BaseOptions, check_length, load_base, load_tokenizer, resolved
 from lamina.client.model import Base, put
@@ -40,7 +40,8 @@ from lamina.client.sizing.fitting import (
     wanted_of,
 )
 from lamina.client.sizing.importance import check_public, chosen_ranks
-from lamina.client.sizing.planner import SHARE, Plan, Wanted, size
+from lamina.client.sizing.planner import SHARE, Plan, Wanted
+from lamina.client.sizing.probed import remembered
 from lamina.client.work import Sized, Trained
 from lamina.protos import compose
 from lamina.protos.adapter import Adapter
@@ -111,7 +112,8 @@ class SiteWorker:
         """
         config = compose.with_values(self._config, terms["task"])
         self._examples(config, spec)
-        machine, offer = profile(config.train.device), offer_of(terms)
+        machine = remembered(profile(config.train.device), config.model.source)
+        offer = offer_of(terms)
         held = max(0, resident.now() - self._imports) if machine.kind == "cpu" else 0
         wanted = wanted_of(config, offer, spec, machine, held)
         known = known_plan(kept, wanted, machine)

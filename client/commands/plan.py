@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lamina.client.hardware import Profile, num_bytes, profile, what_if
+from lamina.client.hardware import Profile, num_bytes, profile, size, what_if
 from lamina.client.sizing.memory import Shape
-from lamina.client.sizing.planner import Plan, Wanted, document, plan, size
+from lamina.client.sizing.planner import Plan, Wanted, document, plan
+from lamina.client.sizing.probed import probed, remembered
 from lamina.protos.errors import ConfigError
 from lamina.protos.words import flag, parsed
 
@@ -34,7 +35,8 @@ weights are not read. Nothing leaves the machine.
   download_rank=0       rank of the frozen part that comes beside the adapter
   compensation=0        rank of the base's compensation factors, where it is quantised
   device=auto           auto, cpu, cuda, mps, xpu
-  probe=false           measure speed and memory by some steps in a process of their own
+  probe=false           measure speed and memory by some steps in a process of their own; the figures are kept for this model,
+                        these versions and this machine, for later plans and for `lamina client`; `again` measures anew
   --what-if KIND:MEMORY the plan of another machine: cuda:24GiB, cuda7.5:16GiB, cpu:4GiB,cores=8
 
 examples:
@@ -75,10 +77,13 @@ def main(command: str, words: Sequence[str]) -> int:
     shape = shape_of(settings["model"])
     wanted = of_source(_wanted(settings), settings["model"], shape)
     machine = what_if(imagined) if imagined else profile(settings["device"])
-    if flag(settings, "probe"):
+    if not imagined:
+        machine = remembered(machine, settings["model"])
+    if settings["probe"] == "again" or flag(settings, "probe"):
         if imagined:
             raise ConfigError("probe=true: expected this machine, got --what-if. Leave one of them out.")
-        machine = probed(machine, settings["model"], wanted)
+        if settings["probe"] == "again" or not machine.speeds:
+            machine = probed(machine, settings["model"], wanted, lambda text: print(text, file=sys.stderr))
     found = plan(machine, shape, wanted)
     if "--json" in words:
         print(
@@ -114,45 +119,6 @@ def of_source(wanted: Wanted, source: str, shape: Shape) -> Wanted:
         module_formats=held.modules,
         compensation=max(wanted.compensation, held.compensation),
     )
-
-
-def probed(machine: Profile, source: str, wanted: Wanted) -> Profile:
-    """A profile with what some steps of a model take.
-
-    Args:
-        machine: Without.
-        source: The model.
-        wanted: For rank and length, and what the source is.
-
-    Returns:
-        With speed and overhead of every number format that trains here.
-    """
-    from lamina.client.shape import shape_of
-    from lamina.client.sizing.memory import RUNTIME_BYTES, Step, peak_bytes, terms
-    from lamina.client.sizing.planner import choices_of, read_bytes
-    from lamina.client.sizing.probe import Trial, measure, speed
-
-    shape = shape_of(source)
-    speeds, overheads, failed = dict(machine.speeds), dict(machine.overhead_bytes), list(machine.failed)
-    for number_format, compute in choices_of(machine, wanted):
-        print(f"probing {number_format}", file=sys.stderr)
-        trial = Trial(
-            source, number_format, compute, min(8, wanted.rank), 1, min(256, wanted.max_length), device=machine.kind
-        )
-        found = [measure(replace(trial, batch_size=batch)) for batch in (1, 3)]
-        if found[0] is None or found[1] is None:
-            failed.append(number_format)
-            continue
-        ranks = {module: min(trial.rank, *sides) for module, sides in shape.linears.items()}
-        file_bytes = read_bytes(machine, wanted, number_format)
-        step = Step(
-            number_format, compute, ranks, found[1].tokens, formats=wanted.module_formats, file_bytes=file_bytes
-        )
-        speeds[number_format] = speed(found[0], found[1])
-        counted = peak_bytes(shape, step, 0)
-        if counted <= sum(terms(shape, step, 0).values()):  # else the peak was at loading and says nothing of a step's
-            overheads[number_format] = max(RUNTIME_BYTES // 2, found[1].increment_bytes - counted)
-    return replace(machine, speeds=speeds, overhead_bytes=overheads, failed=tuple(failed))
 
 
 def _imagined(words: Sequence[str]) -> tuple[list[str], str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lamina.client.hardware import Profile
+from lamina.client.hardware import Profile, size
 from lamina.client.quantised.formats import held, menu
 from lamina.client.sizing.memory import RUNTIME_BYTES, Shape, Step, peak_bytes, terms
 from lamina.protos.errors import ConfigError
@@ -345,23 +345,6 @@ def _why_not(smallest: Plan, slow: Plan | None, wanted: Wanted) -> str:
         f"is: {smallest.format} base, rank {smallest.rank} on the {smallest.modules} layers, {smallest.max_length} tokens. "
         + remedy
     )
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for a person.
-
-    Args:
-        num_bytes: How many.
-
-    Returns:
-        Such as `1.4 GB`.
-    """
-    value = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
 
 
 def plan_of(found: Mapping[str, Any]) -> Plan:

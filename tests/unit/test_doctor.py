@@ -130,7 +130,7 @@ def test_little_memory_and_a_broken_driver_are_warnings(monkeypatch: pytest.Monk
     monkeypatch.setattr("torch.cuda.device_count", broken)
     cpu, cuda = doctor.devices()
     assert (cpu.level, cuda.level) == ("warn", "warn")
-    assert "1.0 GiB of memory free. Close other programs." in cpu.message
+    assert "1.07 GB of memory free. Close other programs." in cpu.message
     assert "driver too old" in cuda.message
 
 

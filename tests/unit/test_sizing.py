@@ -11,7 +11,10 @@ import pytest
 from lamina.client.hardware import Profile, cgroup_cores, cgroup_memory, host_memory, num_bytes, profile, what_if
 from lamina.client.quantised.formats import default_compute, menu
 from lamina.client.shape import shape_of
+from lamina.client.sizing import probed as probes
 from lamina.client.sizing.memory import OBJECT_BYTES, Step, loss_chunk_tokens, peak_bytes, terms
+from lamina.client.sizing.planner import Wanted
+from lamina.client.sizing.probe import Measured, Trial
 from lamina.protos.errors import ConfigError
 from tests.models import TINY
 
@@ -202,3 +205,31 @@ def test_this_machine_has_a_profile() -> None:
     assert found.kind == "cpu"
     assert 0 < found.free_bytes <= found.total_bytes
     assert 1 <= found.cores <= (os.cpu_count() or 1)
+
+
+def test_a_probe_is_remembered_by_model_machine_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    machine = Profile("cpu", "one", 10**10, 10**10, 2, features=("avx2",))
+    tried: list[Trial] = []
+
+    def tries(trial: Trial) -> Measured | None:
+        tried.append(trial)
+        if trial.format == "int8":
+            return None
+        return Measured(90 * 10**6, 0.1 + 0.001 * trial.batch_size * trial.length, trial.batch_size * trial.length)
+
+    monkeypatch.setattr(probes, "measure", tries)
+    assert probes.remembered(machine, "tiny") == machine
+    found = probes.probed(machine, "tiny", Wanted())
+    assert found.speeds["fp32"].token_s == pytest.approx(0.001)
+    assert found.speeds["fp32"].fixed_s == pytest.approx(0.1)
+    assert found.failed == ("int8",)
+    assert probes.remembered(machine, "tiny") == found
+    assert probes.remembered(replace(machine, name="another"), "tiny").speeds == {}
+    monkeypatch.setattr(probes, "_version", lambda name: "another")
+    assert probes.remembered(machine, "tiny") == machine
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    kept.write_text('{"speeds": 3}')
+    assert probes.remembered(machine, "tiny") == machine
