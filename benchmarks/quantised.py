@@ -179,7 +179,8 @@ def weight_error(exact: Any, other: Any) -> float:
     lost, all_of = 0.0, 0.0
     for module in exact.spec.modules:
         weight, layer = exact.layer(module).base_layer.weight, other.layer(module).base_layer
-        lost += float((weight - dequantised(layer) - compensated(layer)).double().square().sum())
+        rest, beside = weight - dequantised(layer), compensated(layer)
+        lost += float((rest if beside is None else rest - beside).double().square().sum())
         all_of += float(weight.double().square().sum())
     return math.sqrt(lost / all_of)
 
