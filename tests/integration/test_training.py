@@ -267,3 +267,22 @@ def test_completed_fills_up_with_slots_that_add_nothing(base: Base) -> None:
         assert np.abs(factors.A).max() <= bound
         # Uniform in +-bound: variance bound^2 / 3, as peft's Kaiming-uniform with a = sqrt(5).
         assert factors.A.std() == pytest.approx(bound / math.sqrt(3), rel=0.35)
+
+
+def test_adapters_of_one_shape_take_turns_in_one_piece_of_memory(base: Base) -> None:
+    first, second = started(base, 3), started(base, 3)
+    for factors in second.lora.values():
+        factors.A[:] += 1.0
+    put(base, first, None)
+    places = {name: parameter.data_ptr() for name, parameter in trainable_parameters(base).items()}
+    for parameter in trainable_parameters(base).values():
+        parameter.grad = torch.ones_like(parameter)
+    put(base, second, None)
+    assert {name: parameter.data_ptr() for name, parameter in trainable_parameters(base).items()} == places
+    assert all(parameter.grad is None for parameter in trainable_parameters(base).values())
+    for name, factors in take(base).lora.items():
+        np.testing.assert_array_equal(factors.A, second.lora[name].A)
+    put(base, first, None, trainable=False)
+    assert trainable_parameters(base) == {}
+    put(base, started(base, 2), None)
+    assert {factors.rank for factors in take(base).lora.values()} == {2}
