@@ -11,8 +11,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lamina.protos.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 KINDS = ("cuda", "rocm", "xpu", "mps", "cpu")
 # Of a processor: names as in /proc/cpuinfo. They decide which number formats it multiplies fast.
@@ -131,6 +135,34 @@ def what_if(text: str) -> Profile:
     return Profile(kind, text.strip(), free, free, int(found[4] or 1), capability, features)
 
 
+def pick_device(name: str) -> torch.device:
+    """The device to train on.
+
+    Args:
+        name: `auto` takes cuda, xpu, mps or cpu, the first there is.
+
+    Returns:
+        A torch device.
+
+    Raises:
+        ConfigError: If the device asked for is not there.
+    """
+    import torch
+
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "xpu": torch.xpu.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if name == "auto":
+        return torch.device(next((kind for kind, there in present.items() if there), "cpu"))
+    if not present.get(name, name == "cpu"):
+        raise ConfigError(
+            f"train.device={name}: expected a device that is here, got none. Set train.device=cpu or auto."
+        )
+    return torch.device(name)
+
+
 def profile(device: str = "auto") -> Profile:
     """Profile this machine.
 
@@ -144,8 +176,6 @@ def profile(device: str = "auto") -> Profile:
         ConfigError: If the device asked for is not here.
     """
     import torch
-
-    from lamina.client.loading import pick_device
 
     kind = pick_device(device).type
     cores = usable_cores()

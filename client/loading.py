@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
-from lamina.client.hardware import profile
+from lamina.client.hardware import pick_device, profile
 from lamina.client.hashes import hash_chat_template, hash_config, hash_tokenizer, hash_weights
 from lamina.client.model import Base, set_checkpointing
 from lamina.client.quantised import compensation, copies, formats, mixed
@@ -91,32 +91,6 @@ class BaseOptions:
     checkpointing: bool = False
     bits: float = 5.0
     compensation: int = 0
-
-
-def pick_device(name: str) -> torch.device:
-    """The device to train on.
-
-    Args:
-        name: `auto` takes cuda, xpu, mps or cpu, the first there is.
-
-    Returns:
-        A torch device.
-
-    Raises:
-        ConfigError: If the device asked for is not there.
-    """
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "xpu": torch.xpu.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if name == "auto":
-        return torch.device(next((kind for kind, there in present.items() if there), "cpu"))
-    if not present.get(name, name == "cpu"):
-        raise ConfigError(
-            f"train.device={name}: expected a device that is here, got none. Set train.device=cpu or auto."
-        )
-    return torch.device(name)
 
 
 def load_base(options: BaseOptions) -> Base:
