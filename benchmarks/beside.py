@@ -33,8 +33,8 @@ def stepper(folder: str, number_format: str, kind: str) -> Callable[[], float]:
     from lamina.client.data import Example
     from lamina.client.frozen import Frozen
     from lamina.client.loading import BaseOptions, load_base
+    from lamina.client.losses import collate, losses
     from lamina.client.model import put, trainable_parameters, training_mode
-    from lamina.client.train import collate, losses
     from lamina.protos.adapter import Adapter, LoraFactors
 
     base = load_base(BaseOptions(folder, format=number_format, compute="fp32", device="cpu"))

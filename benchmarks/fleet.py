@@ -73,8 +73,8 @@ def site(limit: int, record: Path, words: list[str]) -> None:
     import lamina.client.agent
     import lamina.client.worker  # noqa: F401
     from lamina.__main__ import main
+    from lamina.client.resident import resident_bytes
     from lamina.client.sizing.limit import limit_increment
-    from lamina.client.sizing.resident import resident_bytes
 
     torch.set_num_threads(1)
     before = resident_bytes()
@@ -98,7 +98,7 @@ class _Highest:
         threading.Thread(target=self._look, daemon=True).start()
 
     def _look(self) -> None:
-        from lamina.client.sizing.resident import peak_bytes
+        from lamina.client.resident import peak_bytes
 
         while True:
             self.value = max(self.value, peak_bytes())
@@ -131,7 +131,7 @@ def texts(scale: Scale) -> dict[str, tuple[list[str], list[str]]]:
 def base_at(scale: Scale) -> tuple[Path, Path]:
     """The base, and its copy in 4 bits, which a site that cannot hold the base gets from one that can."""
     from benchmarks.models import grown
-    from lamina.client.quantised.making import Wanted, make
+    from lamina.client.making import Wanted, make
 
     full = grown(CACHE, scale.width, scale.depth, noise=0.3)
     copy = full.with_name(full.name + "-nf4")

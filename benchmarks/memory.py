@@ -131,7 +131,7 @@ def model_at(name: str, number_format: str, compute: str) -> Path:
     if number_format in ("fp32", "bf16"):
         _make_model(folder, *MODELS[name])
     else:
-        from lamina.client.quantised.making import Wanted, make
+        from lamina.client.making import Wanted, make
 
         make(Wanted(str(model_at(name, "fp32", "")), folder, number_format, compute), lambda text: None)
     return folder
@@ -167,9 +167,9 @@ def _drop_from_cache(folder: Path) -> None:
 
 def measured_and_predicted(case: Case) -> dict[str, Any]:
     """Bytes of one configuration, both ways."""
-    from lamina.client.shape import shape_of
     from lamina.client.sizing.memory import Step, peak_bytes
     from lamina.client.sizing.probe import Trial, measure
+    from lamina.client.sizing.shape import shape_of
 
     folder = model_at(case.model, case.format, case.compute)
     trial = Trial(

@@ -124,7 +124,7 @@ def predictions(base: Any, some: list[Any]) -> list[tuple[Any, Any]]:
     """For each batch: log-probabilities at the targets, and nats of each target's example."""
     import torch
 
-    from lamina.client.train import IGNORED, collate, pad_id
+    from lamina.client.losses import IGNORED, collate, pad_id
 
     found = []
     ordered = sorted(some, key=lambda example: len(example.tokens))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from lamina.client.data import Example
+from lamina.client.losses import collate, losses, pad_id
 from lamina.client.model import Base
-from lamina.client.train import collate, losses, pad_id
 
 
 @dataclass(frozen=True)

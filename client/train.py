@@ -12,108 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
+from lamina.client import resident
 from lamina.client.data import Example
-from lamina.client.model import Base, head_of, last_state, set_checkpointing, trainable_parameters, training_mode
-from lamina.client.sizing import resident
-from lamina.client.sizing.memory import loss_chunk_tokens
+from lamina.client.losses import IGNORED, Batch, collate, losses, pad_id
+from lamina.client.model import Base, set_checkpointing, trainable_parameters, training_mode
 from lamina.protos import seeds
 from lamina.protos.adapter import Adapter, LoraFactors
 from lamina.protos.config import TrainConfig
 from lamina.protos.errors import ConfigError, TrainingError
 
 Optimizer = Mapping[str, torch.Tensor]
-IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Padded examples on a device.
-
-    Attributes:
-        tokens: (batch, length) int64.
-        mask: (batch, length) int64, 0 on padding.
-        targets: (batch, length) int64 with -100 where no loss falls, or labels (batch,).
-    """
-
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    targets: torch.Tensor
-
-
-def collate(examples: Sequence[Example], pad: int, device: torch.device) -> Batch:
-    """Pad examples to the longest of them.
-
-    Args:
-        examples: At least one.
-        pad: Id of the padding token.
-        device: Where to.
-
-    Returns:
-        A batch.
-    """
-    length = max(len(example.tokens) for example in examples)
-    tokens = np.full((len(examples), length), pad, np.int64)
-    mask = np.zeros((len(examples), length), np.int64)
-    targets = np.full((len(examples), length), IGNORED, np.int64)
-    for row, example in enumerate(examples):
-        size = len(example.tokens)
-        tokens[row, :size], mask[row, :size] = example.tokens, 1
-        targets[row, :size] = np.where(example.targets, example.tokens, IGNORED)
-    if examples[0].label >= 0:
-        targets = np.array([example.label for example in examples], np.int64)
-    return Batch(*(torch.from_numpy(values).to(device) for values in (tokens, mask, targets)))
-
-
-def losses(base: Base, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Summed negative log-likelihood of a batch, hits, and how many targets there are.
-
-    Args:
-        base: With an adapter in its slots.
-        batch: What to score.
-
-    Returns:
-        Sum in nats (float32 scalar with gradient), number of targets whose most likely value is right, number of targets.
-    """
-    if batch.targets.dim() == 2 and base.split_head and batch.tokens.numel() > loss_chunk_tokens(base.vocab):
-        return _losses_in_chunks(base, batch)
-    logits = base.model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
-    if batch.targets.dim() == 1:
-        scores, wanted = logits.float(), batch.targets
-    else:
-        scores, wanted = logits[:, :-1].reshape(-1, logits.shape[-1]).float(), batch.targets[:, 1:].reshape(-1)
-        kept = wanted != IGNORED
-        scores, wanted = scores[kept], wanted[kept]
-    total, hits = _summed(scores, wanted)
-    return total, hits, int(wanted.numel())
-
-
-def _summed(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    total = torch.nn.functional.cross_entropy(scores, wanted, reduction="sum")
-    return total, (scores.detach().argmax(-1) == wanted).sum()
-
-
-def _losses_in_chunks(base: Base, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The same with logits of a few tokens at a time, formed again for the gradient; only where there is a target."""
-    states, head = last_state(base, batch.tokens, batch.mask), head_of(base)
-    wanted = batch.targets[:, 1:].reshape(-1)
-    kept = wanted != IGNORED
-    states, wanted = states[:, :-1].reshape(-1, states.shape[-1])[kept], wanted[kept]
-
-    def scored(some: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _summed(head(some).float(), targets)
-
-    size = loss_chunk_tokens(base.vocab)
-    total = states.new_zeros((), dtype=torch.float32)
-    hits = torch.zeros((), dtype=torch.int64, device=states.device)
-    for start in range(0, wanted.numel(), size):
-        some, targets = states[start : start + size], wanted[start : start + size]
-        nats, right = (
-            checkpoint(scored, some, targets, use_reentrant=False) if some.requires_grad else scored(some, targets)
-        )
-        total, hits = total + nats, hits + right
-    return total, hits, int(wanted.numel())
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -284,18 +193,6 @@ def _num_targets(batch: Batch) -> int:
     if batch.targets.dim() == 1:
         return int(batch.targets.numel())
     return int((batch.targets[:, 1:] != IGNORED).sum())
-
-
-def pad_id(base: Base) -> int:
-    """Id of the padding token, 0 where the tokenizer has none.
-
-    Args:
-        base: The base.
-
-    Returns:
-        Token id.
-    """
-    return int(base.tokenizer.pad_token_id or 0)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:

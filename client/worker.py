@@ -16,6 +16,7 @@ from safetensors.numpy import save as save_tensors
 
 from lamina.client import frozen as frozen_part
 from lamina.client import policy as policies
+from lamina.client import resident
 from lamina.client.data import Example
 from lamina.client.evaluate import score
 from lamina.client.hardware import host_memory, profile, size
@@ -26,7 +27,6 @@ from lamina.client.own import OwnExamples, own_examples
 from lamina.client.participant import ClientState, Site, received, respond
 from lamina.client.policy import Policy
 from lamina.client.quantised import copies, selftest
-from lamina.client.sizing import resident
 from lamina.client.sizing.fitting import (
     Offer,
     applied,

@@ -71,7 +71,7 @@ def main(command: str, words: Sequence[str]) -> int:
     if plain:
         raise ConfigError(f"lamina {command}: expected key=value, got {plain[0]!r}. See `lamina {command} --help`.")
     from lamina.client.model import quiet
-    from lamina.client.shape import shape_of
+    from lamina.client.sizing.shape import shape_of
 
     quiet()
     shape = shape_of(settings["model"])
@@ -108,7 +108,7 @@ def of_source(wanted: Wanted, source: str, shape: Shape) -> Wanted:
     Raises:
         ConfigError: If a copy's manifest cannot be read.
     """
-    from lamina.client.shape import held_as
+    from lamina.client.sizing.shape import held_as
 
     held = held_as(source, shape)
     if not held.copy:

@@ -46,8 +46,8 @@ def main(command: str, words: Sequence[str]) -> int:
         raise ConfigError(
             f"lamina {command}: expected MODEL and OUT, got {len(plain)} words. See `lamina {command} --help`."
         )
+    from lamina.client.making import Wanted, make
     from lamina.client.model import quiet
-    from lamina.client.quantised.making import Wanted, make
 
     quiet()
     try:

@@ -14,8 +14,8 @@ import numpy as np
 from lamina.client.hardware import Profile, num_bytes, profile, size
 from lamina.client.loading import resolved
 from lamina.client.quantised import copies, formats
-from lamina.client.shape import held_as, shape_of
 from lamina.client.sizing.planner import NothingFits, Plan, Wanted, budget_of, document, plan, plan_of
+from lamina.client.sizing.shape import held_as, shape_of
 from lamina.protos.config import Config
 from lamina.protos.ranks import uniform
 from lamina.protos.spec import AdapterSpec

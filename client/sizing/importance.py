@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from lamina.client.data import Encoder, Example, examples_of
+from lamina.client.losses import collate, losses, pad_id
 from lamina.client.model import SLOT, Base, put, set_checkpointing, training_mode
 from lamina.client.rows import check_columns, load_rows, text_columns
-from lamina.client.train import autocast, batches, collate, losses, pad_id
+from lamina.client.train import autocast, batches
 from lamina.protos import seeds
 from lamina.protos.adapter import EMPTY, Adapter, Array, LoraFactors
 from lamina.protos.config import Config, TrainConfig

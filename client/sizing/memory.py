@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lamina.client.losses import loss_chunk_tokens
 from lamina.protos.allocator import LARGE_BYTES
 
 # The input of these is their own; the other linear layers of a parent read one and the same.
@@ -24,8 +25,6 @@ _OWN_INPUT = ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "wo",
 _ATTENTION = ("attn", "attention")
 # Logits, their float32 copy, its log-softmax, one of them reused for the gradient.
 LOGIT_BYTES = 12
-# Logits are formed for at most this many bytes of float32 at a time.
-LOSS_CHUNK_BYTES = 32 * 2**20
 # Of libraries and buffers that grow with no size of the model's, without what a format or computing again adds; measured.
 RUNTIME_BYTES = 31 * 10**6
 # Of these before anything is multiplied.
@@ -111,18 +110,6 @@ class Step:
     dense: int = 0
     file_bytes: int = 0
     seen_tokens: int | None = None
-
-
-def loss_chunk_tokens(vocab: int) -> int:
-    """For how many tokens logits are formed at one time.
-
-    Args:
-        vocab: Size of the vocabulary.
-
-    Returns:
-        At least 16.
-    """
-    return max(16, LOSS_CHUNK_BYTES // (4 * vocab))
 
 
 def terms(shape: Shape, step: Step, overhead_bytes: int = RUNTIME_BYTES) -> dict[str, int]:

@@ -123,8 +123,8 @@ def _tried(trial: Trial) -> Measured | None:
 
     from lamina.client.loading import BaseOptions, load_base
     from lamina.client.model import put, quiet
+    from lamina.client.resident import forget_peak, peak_bytes, resident_bytes
     from lamina.client.sizing.limit import limit_increment
-    from lamina.client.sizing.resident import forget_peak, peak_bytes, resident_bytes
     from lamina.client.train import Task, completed, train
     from lamina.protos.adapter import EMPTY
     from lamina.protos.allocator import give_back

@@ -18,10 +18,10 @@ import torch
 from lamina.client.hardware import Profile, Speed
 from lamina.client.loading import resolved
 from lamina.client.quantised.copies import MANIFEST
-from lamina.client.shape import shape_of
 from lamina.client.sizing.memory import RUNTIME_BYTES, Step, peak_bytes, terms
 from lamina.client.sizing.planner import Wanted, choices_of, read_bytes
 from lamina.client.sizing.probe import Trial, measure, speed
+from lamina.client.sizing.shape import shape_of
 from lamina.protos.files import sha256, write_atomic
 
 _VERSIONS = ("lamina-fl", "torch", "transformers", "peft", "bitsandbytes", "torchao")

@@ -102,10 +102,10 @@ def test_a_loss_that_is_not_finite_keeps_the_rounds_before(
 ) -> None:
     import torch
 
-    from lamina.client import train
+    from lamina.client import losses, train
 
     path = tmp_path / "run"
-    real = train.losses
+    real = losses.losses
     calls = iter(range(10_000))
 
     def broken(*given: object) -> object:

@@ -14,9 +14,9 @@ from lamina.__main__ import main
 from lamina.client.data import Encoder, Example
 from lamina.client.evaluate import score
 from lamina.client.loading import BaseOptions, load_base
+from lamina.client.making import Wanted, make
 from lamina.client.model import Base
 from lamina.client.quantised import selftest
-from lamina.client.quantised.making import Wanted, make
 from lamina.protos.config import DataConfig
 from lamina.protos.errors import ConfigError
 from lamina.simulations.corpora import stdlib_rows

@@ -15,10 +15,11 @@ import torch
 
 from lamina.client.data import Encoder, Example
 from lamina.client.loading import BaseOptions, load_base
+from lamina.client.losses import collate, losses, pad_id
 from lamina.client.model import Base, training_mode
 from lamina.client.rows import load_rows
 from lamina.client.sizing import importance
-from lamina.client.train import batches, collate, losses, pad_id
+from lamina.client.train import batches
 from lamina.protos import ranks as ranking
 from lamina.protos import seeds
 from lamina.protos.config import Config, TrainConfig

@@ -15,12 +15,12 @@ import pytest
 
 from lamina.client.hardware import Profile, groups, upward
 from lamina.client.loading import TINY
-from lamina.client.quantised.making import Wanted as Copy
-from lamina.client.quantised.making import make
-from lamina.client.shape import held_as, shape_of
+from lamina.client.making import Wanted as Copy
+from lamina.client.making import make
 from lamina.client.sizing.limit import CONTROL_GROUP, DATA_LIMIT, release
 from lamina.client.sizing.planner import Wanted, plan
 from lamina.client.sizing.probe import Trial, measure
+from lamina.client.sizing.shape import held_as, shape_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),

@@ -13,11 +13,11 @@ import pytest
 from lamina.__main__ import main
 from lamina.client.hardware import Profile
 from lamina.client.loading import TINY
-from lamina.client.quantised.making import Wanted as Copy
-from lamina.client.quantised.making import make
-from lamina.client.shape import shape_of
+from lamina.client.making import Wanted as Copy
+from lamina.client.making import make
 from lamina.client.sizing.planner import NothingFits, Wanted, plan
 from lamina.client.sizing.probe import Trial, measure
+from lamina.client.sizing.shape import shape_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from lamina.client.loading import BaseOptions, load_base
+from lamina.client.losses import Batch, losses
+from lamina.client.making import Wanted, make
 from lamina.client.model import Base, put, training_mode
 from lamina.client.quantised import compensation, copies, mixed, selftest
-from lamina.client.quantised.making import Wanted, make
-from lamina.client.train import Batch, losses
 from lamina.protos.adapter import Adapter, LoraFactors
 from lamina.protos.errors import ConfigError, TrainingError
 from tests.models import TINY
@@ -267,7 +267,7 @@ def test_logits_in_pieces_give_the_same_loss_and_gradients(monkeypatch: pytest.M
     assert base.split_head
     whole = gradients(base)
     total, hits, count = losses(base, batch())
-    monkeypatch.setattr("lamina.client.train.loss_chunk_tokens", lambda vocab: 7)
+    monkeypatch.setattr("lamina.client.losses.loss_chunk_tokens", lambda vocab: 7)
     pieces = gradients(base)
     again, found, targets = losses(base, batch())
     assert (int(hits), count) == (int(found), targets)

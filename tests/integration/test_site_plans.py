@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lamina.client import participant
+from lamina.client import participant, resident
 from lamina.client import worker as module
 from lamina.client.failures import failure_code
 from lamina.client.hardware import profile
 from lamina.client.loading import BaseOptions, load_base
 from lamina.client.policy import Leave, Policy
-from lamina.client.shape import shape_of
-from lamina.client.sizing import planner, resident
+from lamina.client.sizing import planner
 from lamina.client.sizing.planner import NothingFits, Plan
+from lamina.client.sizing.shape import shape_of
 from lamina.client.work import Sized
 from lamina.client.worker import SiteWorker
 from lamina.protos import compose, ranks
@@ -157,8 +157,8 @@ def test_only_ranks_and_format_leave_and_as_coarse_as_the_policy_says(schema: Ad
 
 
 def test_a_copy_that_is_not_trusted_is_not_loaded(schema: AdapterSpec, rows: Any, tmp_path: Any) -> None:
+    from lamina.client.making import Wanted, make
     from lamina.client.quantised import copies
-    from lamina.client.quantised.making import Wanted, make
 
     make(Wanted("tiny", tmp_path / "copy", "nf4", "fp32"), lambda text: None)
     digest = copies.read(tmp_path / "copy").digest

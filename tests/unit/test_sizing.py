@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from lamina.client.hardware import Profile, cgroup_cores, cgroup_memory, host_memory, num_bytes, profile, what_if
+from lamina.client.losses import loss_chunk_tokens
 from lamina.client.quantised.formats import default_compute, menu
-from lamina.client.shape import shape_of
 from lamina.client.sizing import probed as probes
-from lamina.client.sizing.memory import OBJECT_BYTES, Step, loss_chunk_tokens, peak_bytes, terms
+from lamina.client.sizing.memory import OBJECT_BYTES, Step, peak_bytes, terms
 from lamina.client.sizing.planner import Wanted
 from lamina.client.sizing.probe import Measured, Trial
+from lamina.client.sizing.shape import shape_of
 from lamina.protos.errors import ConfigError
 from tests.models import TINY
 
