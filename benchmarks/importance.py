@@ -33,6 +33,7 @@ ALLOCATIONS = ("uniform", "importance")
 # The best rates of the quality benchmark; on tune 0.005 was behind for both, and 0.03 diverges there.
 RATES = (1e-2, 2e-2)
 SEEDS = (0, 1, 2)
+T_QUANTILE = 4.303  # of two degrees of freedom, three seeds
 MODULES = 28  # that are adapted in the small base
 # The quick form: three clients, fewer steps, one rate and seed.
 QUICK_CLIENTS, QUICK_STEPS, QUICK_RATE = (0, 3, 6), 20, 1e-2
@@ -238,11 +239,11 @@ def compared(found: dict[str, list[Curve]]) -> dict[str, Any]:
 
 
 def verdict(one: dict[str, Any]) -> str:
-    """Better or worse where the difference exceeds twice its standard error; otherwise neither."""
+    """Better or worse where zero is outside the 95 % interval of Student's t; otherwise neither."""
     if one["std"] is None:
         return "one seed"
     error = one["std"] / len(one["by_seed"]) ** 0.5
-    if abs(one["importance_minus_uniform"]) <= 2 * error:
+    if abs(one["importance_minus_uniform"]) <= T_QUANTILE * error:
         return "no difference that three seeds show"
     return "better" if one["importance_minus_uniform"] < 0 else "NOT better: worse"
 
