@@ -139,6 +139,9 @@ class SiteWorker:
         if config.lora.allocation == "importance" and self._policy.leave.allocation:
             check_public(config)
             base = self._with_base(config, spec)
+            # What the plan leaves out has rank 0 here, too.
+            pattern = {**config.lora.rank_pattern, **{module: 0 for module in offered if module not in chosen.ranks}}
+            config = replace(config, lora=replace(config.lora, rank_pattern=pattern))
             ranks = chosen_ranks(config, base, self._examples(config, spec).train, chosen.rank, client_id)
         return coarse(ranks) if self._policy.leave.rank == "coarse" else ranks
 

@@ -21,6 +21,7 @@ from lamina.client.data import Encoder, Example, examples_of
 from lamina.client.losses import collate, losses, pad_id
 from lamina.client.model import SLOT, Base, put, set_checkpointing, training_mode
 from lamina.client.rows import check_columns, load_rows, text_columns
+from lamina.client.sizing.memory import OVERSAMPLED
 from lamina.client.train import autocast, batches
 from lamina.protos import seeds
 from lamina.protos.adapter import EMPTY, Adapter, Array, LoraFactors
@@ -32,8 +33,6 @@ from lamina.protos.spec import AdapterSpec
 Scores = Mapping[str, NDArray[np.float64]]
 # Training batches that a gradient is the mean of.
 BATCHES = 8
-# Further columns of a sketch, so that the last singular values that are asked for are found too.
-OVERSAMPLED = 8
 
 
 def chosen_ranks(

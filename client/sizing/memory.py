@@ -41,6 +41,8 @@ WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "nf4": 0.5 +
 WEIGHT_BYTES |= {"int8wo": 1.0, "fp8wo": 1.0, "mixed": 1.0}
 _BY_ROW = ("int8", "int8wo", "fp8wo", "mixed")
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Further columns of a sketch, so that the last singular values that are asked for are found too.
+OVERSAMPLED = 8
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2}
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from lamina.client.hardware import Profile, size
 from lamina.client.quantised.formats import held, menu
-from lamina.client.sizing.memory import RUNTIME_BYTES, Shape, Step, peak_bytes, terms
+from lamina.client.sizing.memory import OVERSAMPLED, RUNTIME_BYTES, Shape, Step, peak_bytes, terms
 from lamina.protos.errors import ConfigError
+from lamina.protos.ranks import SPREAD
 
 # The model of memory is that good; and the share of what is free that may be used.
 SAFETY, SHARE = 1.10, 0.90
@@ -258,7 +259,10 @@ def _point(
     speed = profile.speeds.get(number_format)
     passes = wanted.batch_size // micro * wanted.accumulation
     counted = terms(shape, step, overhead)
-    counted["importance"] = counted["adapter, gradients and optimizer"] // 2 if wanted.importance else 0
+    if wanted.importance:
+        # Slots of four times the rank and eight more columns, one and a half times what training takes at so many.
+        more = 1.5 * (SPREAD * rank + OVERSAMPLED) / (SPREAD * rank) - 1
+        counted["importance"] = int(more * counted["adapter, gradients and optimizer"])
     seconds = None
     if speed is not None:
         again = 1.35 if checkpointing else 1.0

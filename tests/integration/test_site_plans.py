@@ -15,7 +15,7 @@ from lamina.client.failures import failure_code
 from lamina.client.hardware import profile
 from lamina.client.loading import BaseOptions, load_base
 from lamina.client.policy import Leave, Policy
-from lamina.client.sizing import planner
+from lamina.client.sizing import fitting, planner
 from lamina.client.sizing.planner import NothingFits, Plan
 from lamina.client.sizing.shape import shape_of
 from lamina.client.work import Sized
@@ -229,3 +229,30 @@ def test_where_less_is_free_at_a_round_than_was_planned_with_the_plan_shrinks(
     after = plan_of(one)
     assert after.peak_bytes <= 0.9 * before.peak_bytes
     assert replace(after, ranks={}).rank == before.rank
+
+
+def test_under_importance_only_the_modules_of_the_plan_get_ranks(
+    schema: AdapterSpec, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = offered(schema, "lora.allocation=importance", "train.max_length=16")
+    one = worker(rows)
+    sized = one.size(told, schema, None)
+    assert sized.wish.ranks is not None
+    assert len(set(sized.wish.ranks.values())) > 1
+    ranks.check(schema, sized.wish.ranks, OFFERED, {}, "importance")
+    assert "importance" in plan_of(one).terms
+    some = [name for name in schema.modules if name.endswith(("q_proj", "v_proj"))]
+    honest = fitting.fitted
+
+    def fewer(*given: Any) -> Plan:
+        found: Plan = honest(*given)
+        return replace(found, modules="query and value", ranks={name: found.ranks[name] for name in some})
+
+    monkeypatch.setattr(module, "fitted", fewer)
+    sized = worker(rows).size(told, schema, None)
+    assert sized.wish.ranks is not None
+    assert set(sized.wish.ranks) <= set(some)
+    uniform = ranks.uniform(schema, OFFERED)
+    assert ranks.numbers(schema, sized.wish.ranks) <= ranks.numbers(schema, {name: uniform[name] for name in some})
+    policy = Policy(leave=Leave(allocation=False))
+    assert worker(rows, policy=policy).size(told, schema, None).wish.ranks == dict.fromkeys(some, OFFERED)
