@@ -51,7 +51,7 @@ def stepper(folder: str, number_format: str, kind: str) -> Callable[[], float]:
         }
 
     local, glob = Adapter(factors(RANK)), factors(FROZEN_RANK)
-    beside = Frozen("x", {m: (torch.tensor(f.A), torch.tensor(f.B)) for m, f in glob.items()})
+    beside = Frozen({m: (torch.tensor(f.A), torch.tensor(f.B)) for m, f in glob.items()}, "x")
     put(base, local, beside if kind == "ours" else None)
     if kind == "peft":
         from peft import LoraConfig

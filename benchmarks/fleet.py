@@ -268,7 +268,7 @@ def _report(runs: dict[str, Any], found: dict[str, float], command: str) -> None
     from benchmarks.results import write_section
 
     lines = [(__doc__ or "").split("\n\n", 2)[2].strip(), ""]
-    lines += ["| run | site, limit | plan | predicted MB | taken MB |", "|---|---|---|---|---|"]
+    lines += ["| run | site, limit | plan | predicted MB, without the data | taken MB |", "|---|---|---|---|---|"]
     for name, run in runs.items():
         for silo, one in run["sites"].items():
             limit = f"{one['limit_bytes'] / 1e6:.0f} MB, {one['mechanism']}" if one["limit_bytes"] else "none"
