@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lamina.client.data import Example
-from lamina.client.losses import collate, losses, pad_id
+from lamina.client.losses import collate, longest, losses, pad_id, padded_length
 from lamina.client.model import Base
 
 
@@ -53,7 +53,9 @@ def score(base: Base, examples: Sequence[Example], batch_size: int) -> Score:
     ordered = sorted(examples, key=lambda example: len(example.tokens))
     nats, hits, targets = 0.0, 0, 0
     for start in range(0, len(ordered), batch_size):
-        summed, right, count = losses(base, collate(ordered[start : start + batch_size], pad_id(base), base.device))
+        some = ordered[start : start + batch_size]
+        length = padded_length(base, longest(some), longest(ordered))
+        summed, right, count = losses(base, collate(some, pad_id(base), base.device, length))
         nats, hits, targets = nats + float(summed), hits + int(right), targets + count
     return Score(nats, targets, hits)
 

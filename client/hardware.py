@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lamina.protos.errors import ConfigError
+from lamina.protos.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -83,9 +83,10 @@ def num_bytes(text: str, where: str) -> int:
         ConfigError: If it is no size.
     """
     found = _SIZE.fullmatch(text)
-    if found is None:
-        raise ConfigError(f"{where}={text}: expected a size such as 24GiB, 300MB or a number of bytes.")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    number = float(found[1]) * _UNITS[found[2].upper()] if found is not None and len(text) < 40 else 0.0
+    if number < 1:
+        raise ConfigError(f"{where}={shown(text)}: expected a size such as 24GiB, 300MB or a number of bytes.")
+    return int(number)
 
 
 def size(num_bytes: float) -> str:

@@ -199,7 +199,7 @@ class Listener:
     def _register(self) -> Terms:
         wish = Wish(self._settings.rank)
         if self._settings.sized:
-            offer = self._ask(wish, ask=True)
+            offer = self._ask(Wish(), ask=True)
             self.inbox.put(offer=offer)
             wish = self.inbox.wait(lambda: self._answered(offer), None)
         return self._ask(wish)

@@ -135,6 +135,8 @@ def load_base(options: BaseOptions) -> Base:
     else:
         model = None
         model, missing = load_model(source, options, tokenizer, compute, left_out)
+    if copy is not None:
+        _check_format(model, copy, source)
     beside = _of_copy(source, copy) if copy else compensation.of_model(model, exact, options.compensation, compute)
     exact.clear()
     new = tuple(sorted(missing))
@@ -187,7 +189,7 @@ def _with_format(options: BaseOptions, copy: copies.Manifest | None, device: tor
         number_format = "fp32"
     compute = options.compute
     if compute == "auto":
-        compute = copy.compute if copy else formats.default_compute(number_format, profile(device.type))
+        compute = formats.compute_of(copy, number_format, profile(device.type))
     formats.check(number_format, compute)
     return replace(options, format=number_format, compute=compute)
 
@@ -376,6 +378,16 @@ def target_modules(model: Any, wanted: str | Sequence[str], new: Sequence[str]) 
 
 def _matches(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
+
+
+def _check_format(model: Any, copy: copies.Manifest, source: str) -> None:
+    """Raise where the files of a copy are in another format than its manifest says."""
+    layers = {type(module).__name__ for module in model.modules()} & {"Linear4bit", "Linear8bitLt"}
+    expected = {"nf4": {"Linear4bit"}, "int8": {"Linear8bitLt"}}.get(copy.format, set())
+    if copy.format != "mixed" and layers != expected:
+        raise ConfigError(
+            f"{source}: expected files in {copy.format}, as {copies.MANIFEST} says, got others. Make the copy again."
+        )
 
 
 def _of_copy(source: str, copy: copies.Manifest) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -13,6 +13,7 @@ from lamina.client.data import Example
 from lamina.client.model import Base, head_of, last_state
 
 IGNORED = -100
+_LEAST_LENGTH = 16
 # Logits are formed for at most this many bytes of float32 at a time.
 LOSS_CHUNK_BYTES = 32 * 2**20
 
@@ -32,18 +33,19 @@ class Batch:
     targets: torch.Tensor
 
 
-def collate(examples: Sequence[Example], pad: int, device: torch.device) -> Batch:
-    """Pad examples to the longest of them.
+def collate(examples: Sequence[Example], pad: int, device: torch.device, length: int = 0) -> Batch:
+    """Pad examples to the longest of them, or to a length.
 
     Args:
         examples: At least one.
         pad: Id of the padding token.
         device: Where to.
+        length: Tokens; no less than the longest has.
 
     Returns:
         A batch.
     """
-    length = max(len(example.tokens) for example in examples)
+    length = max(length, *(len(example.tokens) for example in examples))
     tokens = np.full((len(examples), length), pad, np.int64)
     mask = np.zeros((len(examples), length), np.int64)
     targets = np.full((len(examples), length), IGNORED, np.int64)
@@ -66,6 +68,38 @@ def pad_id(base: Base) -> int:
         Token id.
     """
     return int(base.tokenizer.pad_token_id or 0)
+
+
+def longest(examples: Sequence[Example]) -> int:
+    """Tokens of the longest example.
+
+    Args:
+        examples: At least one.
+
+    Returns:
+        How many.
+    """
+    return max(len(example.tokens) for example in examples)
+
+
+def padded_length(base: Base, length: int, most: int) -> int:
+    """How long a batch is made.
+
+    Args:
+        base: Where it is computed.
+        length: Tokens of its longest example.
+        most: Tokens of the longest example of all batches.
+
+    Returns:
+        As long as its longest example; on a processor with activations of 16 bits one of a few lengths, as the library that
+        multiplies there keeps buffers for every shape that it has seen, tens of megabytes each.
+    """
+    if base.device.type != "cpu" or base.dtype == torch.float32:
+        return length
+    found = most
+    while found >= 2 * max(length, _LEAST_LENGTH):
+        found //= 2
+    return max(found, length)
 
 
 def loss_chunk_tokens(vocab: int) -> int:

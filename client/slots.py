@@ -72,6 +72,9 @@ def _mend(layer: Any, dtype: torch.dtype) -> None:
         layer.support_avx512bf16_for_cpu = False
     if hasattr(layer, "compute_dtype"):
         layer.compute_dtype = dtype  # a copy's may be another
+        state = getattr(layer.weight, "quant_state", None)
+        if state is not None:
+            state.dtype = dtype  # in which the library gives the matrix back
         odd_rows.mend(layer)
     int8_layers.mend(layer)
 

@@ -103,7 +103,7 @@ class Spool:
         """What `keep_plan` wrote, None where there is nothing whole: then the site is sized anew."""
         try:
             found = json.loads((self.root / _PLAN).read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 

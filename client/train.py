@@ -15,7 +15,7 @@ import torch
 
 from lamina.client import resident
 from lamina.client.data import Example
-from lamina.client.losses import IGNORED, Batch, collate, losses, pad_id
+from lamina.client.losses import IGNORED, Batch, collate, longest, losses, pad_id, padded_length
 from lamina.client.model import Base, set_checkpointing, trainable_parameters, training_mode
 from lamina.protos import seeds
 from lamina.protos.adapter import Adapter, LoraFactors
@@ -170,7 +170,10 @@ def _step(
     step: int,
 ) -> tuple[float, int]:
     """Gradients of one optimizer step; its loss and number of targets."""
-    prepared = [collate(examples, pad_id(base), base.device) for examples in micro]
+    prepared = [
+        collate(some, pad_id(base), base.device, padded_length(base, longest(some), task.config.max_length))
+        for some in micro
+    ]
     count = sum(_num_targets(batch) for batch in prepared)
     total = 0.0
     for batch in prepared:

@@ -46,7 +46,7 @@ from lamina.client.work import Sized, Trained
 from lamina.protos import compose
 from lamina.protos.adapter import Adapter
 from lamina.protos.allocator import give_back
-from lamina.protos.config import Config
+from lamina.protos.config import Config, check_micro_batch
 from lamina.protos.errors import AdapterMismatch, CheckpointError, DataError, PolicyRefused
 from lamina.protos.messages import Instruction, Update
 from lamina.protos.ranks import uniform
@@ -111,12 +111,15 @@ class SiteWorker:
             ConfigError: If the site's model or settings are impossible.
         """
         config = compose.with_values(self._config, terms["task"])
+        check_micro_batch(config)
+        self._check_copy(config.model.source)
         self._examples(config, spec)
         machine = remembered(profile(config.train.device), config.model.source)
         offer = offer_of(terms)
         held = max(0, resident.now() - self._imports) if machine.kind == "cpu" else 0
         wanted = wanted_of(config, offer, spec, machine, held)
-        known = known_plan(kept, wanted, machine)
+        leaves = f"{self._policy.leave.rank} {self._policy.leave.allocation}"
+        known = known_plan(kept, wanted, machine, leaves)
         if known is not None:
             chosen, ranks = known
         else:
@@ -125,10 +128,8 @@ class SiteWorker:
         self._fit = _Fit(str(terms["run_id"]), wanted, chosen, held)
         self._say(line(chosen))
         told = chosen.format if self._policy.leave.format == "exact" else ""
-        wish = Wish(self._config.lora.rank, ranks, told)
-        if ranks == uniform(spec, offer.rank, config.lora.rank_pattern):
-            wish = Wish(self._config.lora.rank, None, told)
-        return Sized(wish, to_keep(wanted, chosen, ranks))
+        same = ranks == uniform(spec, offer.rank, config.lora.rank_pattern)
+        return Sized(Wish(None, None if same else ranks, told), to_keep(wanted, chosen, ranks, leaves))
 
     def _ranks(self, config: Config, chosen: Plan, offer: Offer, spec: AdapterSpec, client_id: str) -> dict[str, int]:
         """The ranks that the site trains: the plan's, or where they matter on its data; as coarse as its policy says."""
@@ -256,8 +257,11 @@ class SiteWorker:
         run, base = self._begun()
         self._look_again(run)
 
+        took = 0
+
         def leaving(update: Update) -> Update:
-            self._tell_peak(update, base)
+            nonlocal took
+            took = self._tell_peak(update, base)
             metrics, num_examples = policies.leaving(self._policy, update.metrics, update.num_examples)
             return replace(update, metrics=metrics, num_examples=num_examples)
 
@@ -272,6 +276,8 @@ class SiteWorker:
             if self._fit is not None:
                 self._tighten(run, int(0.8 * self._fit.plan.peak_bytes))
             raise MemoryError("expected room for a training step, got none") from None
+        if self._fit is not None and took > (room := self._fit.held + self._fit.plan.budget_bytes):
+            self._tighten(run, int(self._fit.plan.peak_bytes * room / took))
         if reply.update is None:
             raise AdapterMismatch("expected an update, got none.")
         self._state = after
@@ -299,13 +305,15 @@ class SiteWorker:
         run.site = replace(run.site, train=run.config.train)
         self._say(f"less memory is free than was planned with; {line(chosen)}")
 
-    def _tell_peak(self, update: Update, base: Base) -> None:
-        """Say what training took, beside what was planned."""
+    def _tell_peak(self, update: Update, base: Base) -> int:
+        """Say what training took, beside what was planned; bytes, 0 where nothing says it."""
         peak = int(update.metrics.get("peak_bytes", 0))
         if peak and self._fit is not None:
             took = peak if base.device.type == "cuda" else peak - self._imports
             planned = self._fit.held + sum(self._fit.plan.terms.values())
             self._say(f"round {update.round}: peak memory {size(took)}, predicted {size(planned)}")
+            return took
+        return 0
 
     def measure(self, instruction: Instruction) -> dict[str, float]:
         """Score held-out text with a release as this client has it; the client's state stays as it is.

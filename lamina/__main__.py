@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
 from lamina import __version__
 from lamina.protos.errors import LaminaError, nearest
+
+# What these say at import is about kernels that are not used here.
+for _library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+    logging.getLogger(_library).setLevel(logging.ERROR)
 
 COMMANDS = {
     "simulate": ("lamina.simulations.cli", "federated fine-tuning on this machine"),

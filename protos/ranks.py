@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lamina.protos.errors import ConfigError
+from lamina.protos.errors import ConfigError, shown
 from lamina.protos.spec import AdapterSpec
 
 # How many times the nominal rank one module may get under lora.allocation=importance.
@@ -79,7 +79,7 @@ def check(spec: AdapterSpec, ranks: Mapping[str, int], rank: int, pattern: Mappi
     largest = most(spec, rank, pattern) if moved else offered
     for module, wanted in ranks.items():
         if module not in spec.modules:
-            raise ConfigError(f"ranks: expected modules of the run's schema, got {module[:100]!r}.")
+            raise ConfigError(f"ranks: expected modules of the run's schema, got {shown(module)}.")
         if wanted > largest.get(module, 0):
             raise ConfigError(f"ranks: expected at most {largest.get(module, 0)} for {module}, got {wanted}.")
     if moved and numbers(spec, ranks) > numbers(spec, offered):

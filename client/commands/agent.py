@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lamina.client.hardware import num_bytes
 from lamina.protos import compose
 from lamina.protos.clock import SYSTEM
 from lamina.protos.config import SITE_KEYS, known_keys
@@ -62,6 +63,10 @@ def main(command: str, words: Sequence[str]) -> int:
         raise ConfigError(
             "client.coordinator: expected host:port of the coordinator. Set client.coordinator=HOST:PORT."
         )
+    if config.client.memory:
+        num_bytes(config.client.memory, "client.memory")
+    if not isinstance(config.quantisation.format, str):
+        raise ConfigError("quantisation.format: expected one number format at a site, got a list. Give one.")
     require_tls13()  # before gRPC is imported
     from lamina.client import policy as policies
     from lamina.client.agent import Agent, Superseded

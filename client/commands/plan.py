@@ -6,17 +6,15 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from lamina.client.hardware import Profile, num_bytes, profile, size, what_if
-from lamina.client.sizing.memory import Shape
-from lamina.client.sizing.planner import Plan, Wanted, document, plan
-from lamina.client.sizing.probed import probed, remembered
 from lamina.protos.errors import ConfigError
 from lamina.protos.words import flag, parsed
+
+if TYPE_CHECKING:  # torch takes seconds: help and wrong words are answered before
+    from lamina.client.sizing.memory import Shape
+    from lamina.client.sizing.planner import Plan, Wanted
 
 _HELP = """\
 usage: lamina plan [model=MODEL] [--what-if KIND:MEMORY] [key=value …] [--json]
@@ -70,13 +68,18 @@ def main(command: str, words: Sequence[str]) -> int:
     plain, settings = parsed(rest, _KNOWN)
     if plain:
         raise ConfigError(f"lamina {command}: expected key=value, got {plain[0]!r}. See `lamina {command} --help`.")
+    numbers = _numbers(settings)
+    if imagined:
+        what_if(imagined)
     from lamina.client.model import quiet
+    from lamina.client.sizing.planner import Wanted, document, plan
+    from lamina.client.sizing.probed import probed, remembered
     from lamina.client.sizing.shape import shape_of
 
     quiet()
     shape = shape_of(settings["model"])
-    wanted = of_source(_wanted(settings), settings["model"], shape)
     machine = what_if(imagined) if imagined else profile(settings["device"])
+    wanted = of_source(Wanted(**numbers), settings["model"], shape, machine)
     if not imagined:
         machine = remembered(machine, settings["model"])
     if settings["probe"] == "again" or flag(settings, "probe"):
@@ -94,13 +97,14 @@ def main(command: str, words: Sequence[str]) -> int:
     return 0
 
 
-def of_source(wanted: Wanted, source: str, shape: Shape) -> Wanted:
+def of_source(wanted: Wanted, source: str, shape: Shape, machine: Profile) -> Wanted:
     """What is wanted, with what the model's files are.
 
     Args:
         wanted: Without.
         source: The model.
         shape: Of it.
+        machine: For which copies compute in its own format.
 
     Returns:
         With the bytes and the format of a full-precision file, or the formats of a quantised copy.
@@ -108,6 +112,8 @@ def of_source(wanted: Wanted, source: str, shape: Shape) -> Wanted:
     Raises:
         ConfigError: If a copy's manifest cannot be read.
     """
+    from lamina.client.loading import resolved
+    from lamina.client.quantised import copies, formats
     from lamina.client.sizing.shape import held_as
 
     held = held_as(source, shape)
@@ -115,7 +121,7 @@ def of_source(wanted: Wanted, source: str, shape: Shape) -> Wanted:
         return replace(wanted, file_bytes=held.file_bytes, file_format=held.format)
     return replace(
         wanted,
-        only=(held.format, held.compute),
+        only=(held.format, formats.compute_of(copies.read_manifest(resolved(source)), held.format, machine)),
         module_formats=held.modules,
         compensation=max(wanted.compensation, held.compensation),
     )
@@ -134,9 +140,11 @@ def _imagined(words: Sequence[str]) -> tuple[list[str], str]:
     return rest, ""
 
 
-def _wanted(settings: dict[str, str]) -> Wanted:
+def _numbers(settings: dict[str, str]) -> dict[str, Any]:
+    """What is wanted, by the names of `Wanted`."""
+
     def whole(key: str, least: int) -> int:
-        if not settings[key].isdigit() or int(settings[key]) < least:
+        if not settings[key].isdecimal() or len(settings[key]) > 9 or int(settings[key]) < least:
             raise ConfigError(f"{key}={settings[key]}: expected a whole number of at least {least}.")
         return int(settings[key])
 
@@ -144,21 +152,26 @@ def _wanted(settings: dict[str, str]) -> Wanted:
     try:
         seconds = float(deadline) if deadline else None
     except ValueError:
-        raise ConfigError(f"deadline_s={deadline}: expected seconds.") from None
-    return Wanted(
-        rank=whole("rank", 1),
-        batch_size=whole("batch_size", 1),
-        max_length=whole("max_length", 2),
-        local_steps=whole("local_steps", 1),
-        deadline_s=seconds,
-        formats=tuple(one for one in settings["formats"].split(",") if one),
-        memory_bytes=num_bytes(settings["memory"], "memory") if settings["memory"] else None,
-        download_rank=whole("download_rank", 0),
-        compensation=whole("compensation", 0),
-    )
+        seconds = -1.0
+    if seconds is not None and not 0 < seconds < 1e9:
+        raise ConfigError(f"deadline_s={deadline[:40]}: expected seconds above 0.")
+    return {
+        "rank": whole("rank", 1),
+        "batch_size": whole("batch_size", 1),
+        "max_length": whole("max_length", 2),
+        "local_steps": whole("local_steps", 1),
+        "deadline_s": seconds,
+        "formats": tuple(one for one in settings["formats"].split(",") if one),
+        "memory_bytes": num_bytes(settings["memory"], "memory") if settings["memory"] else None,
+        "download_rank": whole("download_rank", 0),
+        "compensation": whole("compensation", 0),
+    }
 
 
 def _show(machine: Profile, source: str, parameters: int, found: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console()
     capability = "" if machine.capability is None else f", capability {machine.capability[0]}.{machine.capability[1]}"
     memory = f"{size(machine.free_bytes)} free of {size(machine.total_bytes)}"

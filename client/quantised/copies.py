@@ -7,17 +7,21 @@ its policy says whose word that may be.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lamina.protos.config import FORMATS
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import file_digest, sha256, write_atomic
 
 MANIFEST = "lamina-quantised.json"
 COMPENSATION = "compensation.safetensors"
 _SCHEMA = 1
+COMPUTES = ("fp32", "bf16", "fp16")
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def read(folder: Path) -> Manifest:
         if document["schema"] != _SCHEMA:
             raise ConfigError(f"{path}: expected schema {_SCHEMA}, got {document['schema']!r}. Make the copy again.")
         texts = {name: _texts(document[name]) for name in ("base", "versions", "files", "formats")}
+        _check_values(document, texts)
         return Manifest(
             format=str(document["format"]),
             compute=str(document["compute"]),
@@ -126,10 +131,22 @@ def read(folder: Path) -> Manifest:
             compensation=int(document["compensation"]),
             digest=sha256(content),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path}: expected a manifest as `lamina quantise` writes it, got {type(error).__name__}. Make the copy again."
         ) from None
+
+
+def _check_values(document: Mapping[str, Any], texts: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise ValueError unless every value is one that a manifest can have."""
+    right = (
+        document["format"] in FORMATS and document["compute"] in COMPUTES and isinstance(document["base_model"], str)
+    )
+    right &= set(texts["formats"].values()) <= set(FORMATS)
+    right &= all(_HASH.fullmatch(one) is not None for one in (*texts["base"].values(), *texts["files"].values()))
+    right &= type(document["compensation"]) is int and 0 <= document["compensation"] < 2**20
+    if not right:
+        raise ValueError("a value that is none")
 
 
 def _texts(found: Any) -> dict[str, str]:

@@ -51,7 +51,7 @@ def assignment(
     Raises:
         ConfigError: If the budget is below that of nf4 everywhere.
     """
-    if bits < LOWEST_BITS:
+    if not bits >= LOWEST_BITS:
         raise ConfigError(
             f"quantisation.bits={bits:g}: expected at least {LOWEST_BITS}, what nf4 takes with its constants."
         )

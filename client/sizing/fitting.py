@@ -17,7 +17,8 @@ from lamina.client.quantised import copies, formats
 from lamina.client.sizing.planner import NothingFits, Plan, Wanted, budget_of, document, plan, plan_of
 from lamina.client.sizing.shape import held_as, shape_of
 from lamina.protos.config import Config
-from lamina.protos.ranks import uniform
+from lamina.protos.errors import ConfigError
+from lamina.protos.ranks import SPREAD, uniform
 from lamina.protos.spec import AdapterSpec
 
 # Of these strategies a frozen part comes down beside the trainable one.
@@ -74,18 +75,25 @@ def wanted_of(config: Config, offer: Offer, spec: AdapterSpec, machine: Profile,
         With everything that the site has decided itself.
 
     Raises:
-        ConfigError: If `client.memory` is no size, or the copy's manifest cannot be read.
+        ConfigError: If `lora.rank` is not what is offered, `client.memory` is no size, or the copy's manifest cannot be read.
     """
+    own = config.lora.rank
+    if own is not None and (own > offer.rank or (offer.equal_ranks and own != offer.rank)):
+        bound = "exactly" if offer.equal_ranks else "at most"
+        raise ConfigError(
+            f"lora.rank={own}: expected {bound} rank {offer.rank}, what the coordinator offers this site. "
+            f"Set lora.rank={offer.rank}, or raise clients.ranks at the coordinator."
+        )
     train, copy = config.train, copies.read_manifest(resolved(config.model.source))
     number_format = copy.format if copy else config.quantisation.format
     only = None
     if number_format != "auto":
         compute = config.quantisation.compute
         if compute == "auto":
-            compute = copy.compute if copy else formats.default_compute(number_format, machine)
+            compute = formats.compute_of(copy, number_format, machine)
         only = (number_format, compute)
     return Wanted(
-        rank=offer.rank,
+        rank=own or offer.rank,
         batch_size=train.batch_size,
         accumulation=train.accumulation,
         max_length=train.max_length,
@@ -141,7 +149,7 @@ def tightened(config: Config, spec: AdapterSpec, wanted: Wanted, before: Plan, r
         room: Bytes that there are.
 
     Returns:
-        A plan of a smaller peak, or None where there is none.
+        A plan of a smaller peak, within the room where one is; None where there is no smaller one.
 
     Raises:
         ConfigError: If the model has no configuration by now.
@@ -150,43 +158,52 @@ def tightened(config: Config, spec: AdapterSpec, wanted: Wanted, before: Plan, r
     asked = replace(wanted, rank=before.rank, whole=True, only=only, targets=tuple(before.ranks), memory_bytes=room)
     try:
         found = fitted(config, spec, asked, replace(profile(config.train.device), free_bytes=2 * room), loaded=True)
-    except NothingFits:
-        return None
+    except NothingFits as error:
+        found = error.smallest  # which may do
     return found if found.max_length == before.max_length and found.peak_bytes < before.peak_bytes else None
 
 
-def to_keep(wanted: Wanted, chosen: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
+def to_keep(wanted: Wanted, chosen: Plan, ranks: Mapping[str, int], leaves: str) -> dict[str, Any]:
     """What a site keeps of its plan, so that it asks for the same when it is started again.
 
     Args:
         wanted: What the plan was made for.
         chosen: The plan.
         ranks: Module -> rank, as it registered.
+        leaves: What of the ranks the site's policy lets leave.
 
     Returns:
         JSON values.
     """
-    return {"wanted": _question(wanted), "plan": document(chosen), "ranks": dict(ranks)}
+    return {"wanted": _question(wanted), "leaves": leaves, "plan": document(chosen), "ranks": dict(ranks)}
 
 
-def known_plan(kept: Mapping[str, Any] | None, wanted: Wanted, machine: Profile) -> tuple[Plan, dict[str, int]] | None:
+def known_plan(
+    kept: Mapping[str, Any] | None, wanted: Wanted, machine: Profile, leaves: str
+) -> tuple[Plan, dict[str, int]] | None:
     """A plan that was kept, where the same is wanted and it still fits.
 
     Args:
-        kept: Of `to_keep`, or None.
+        kept: Of `to_keep`, or None. It comes from a file, so that anything may be in it.
         wanted: What is wanted now.
         machine: The site's profile now.
+        leaves: What of the ranks the site's policy lets leave now.
 
     Returns:
         The plan and the ranks that the site registered, or None where it must plan anew.
     """
-    if kept is None or kept.get("wanted") != _question(wanted):
+    if kept is None or kept.get("wanted") != _question(wanted) or kept.get("leaves") != leaves:
         return None
     try:
-        found, ranks = plan_of(kept["plan"]), {str(module): int(rank) for module, rank in kept["ranks"].items()}
+        found, ranks = plan_of(kept["plan"]), dict(kept["ranks"])
+        most = wanted.rank * (SPREAD if wanted.importance else 1)
+        right = bool(ranks) and all(type(rank) is int and 1 <= rank <= most for rank in ranks.values())
+        right &= set(ranks) <= set(wanted.targets) and set(found.ranks) <= set(wanted.targets)
+        right &= found.micro_batch * found.accumulation == wanted.batch_size * wanted.accumulation
+        right &= found.max_length <= wanted.max_length and found.rank <= wanted.rank
+        return (found, ranks) if right and found.peak_bytes <= budget_of(machine, wanted) else None
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    return (found, ranks) if found.peak_bytes <= budget_of(machine, wanted) else None
 
 
 def _question(wanted: Wanted) -> str:

@@ -8,13 +8,24 @@ or time there is, so that more of either never makes a plan worse.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lamina.client.hardware import Profile, size
 from lamina.client.quantised.formats import held, menu
-from lamina.client.sizing.memory import OVERSAMPLED, RUNTIME_BYTES, Shape, Step, peak_bytes, terms
+from lamina.client.sizing.memory import (
+    COMPUTE_BYTES,
+    OPTIMIZER_BYTES,
+    OVERSAMPLED,
+    RUNTIME_BYTES,
+    Shape,
+    Step,
+    peak_bytes,
+    terms,
+)
+from lamina.protos.config import FORMATS
 from lamina.protos.errors import ConfigError
 from lamina.protos.ranks import SPREAD
 
@@ -192,6 +203,11 @@ def plan(profile: Profile, shape: Shape, wanted: Wanted) -> Plan:
         ConfigError: If the device can train with none of the number formats that are allowed.
     """
     choices = choices_of(profile, wanted)
+    if not choices and profile.failed:
+        raise ConfigError(
+            f"plan: expected a number format that trains on {profile.kind}, but an earlier probe found that "
+            f"{', '.join(profile.failed)} do not. `lamina plan probe=again` looks anew."
+        )
     if not choices:
         able = ", ".join(one[0] for one in menu(profile).choices) or "none that passed its self-test"
         raise ConfigError(
@@ -204,8 +220,8 @@ def plan(profile: Profile, shape: Shape, wanted: Wanted) -> Plan:
     for one in _grid(profile, shape, wanted, choices):
         if smallest is None or one.peak_bytes < smallest.peak_bytes:
             smallest = one
-        if one.peak_bytes > one.budget_bytes:
-            continue
+        if one.peak_bytes > one.budget_bytes or (wanted.deadline_s and one.seconds is None and profile.speeds):
+            continue  # what was not measured, where others were, is no way out of a deadline
         if _in_time(one, wanted):
             return replace(one, reasons=tuple(_reasons(one, profile, wanted)))
         slow = slow or one
@@ -311,9 +327,12 @@ def _reasons(one: Plan, profile: Profile, wanted: Wanted) -> Iterator[str]:
     room = f"{size(one.peak_bytes)} of {size(one.budget_bytes)}"
     yield f"{one.format} base, {one.compute} activations: what {profile.kind} trains with, and it fits: {room}."
     if one.max_length < wanted.max_length:
-        yield f"examples of {one.max_length} tokens, not {wanted.max_length}: longer ones do not fit with any rank or format."
+        yield (
+            f"examples of {one.max_length} tokens, not {wanted.max_length}: longer ones do not fit or finish with any rank "
+            "or format."
+        )
     if one.modules != "all":
-        yield f"only the {one.modules} layers: all of them do not fit at this length."
+        yield f"only the {one.modules} layers: all of them do not fit or finish at this length."
     more = f"rank {one.rank}: twice of it does not fit or finish."
     yield f"rank {one.rank}, as was asked." if one.rank == wanted.rank else more
     if one.checkpointing:
@@ -342,6 +361,8 @@ def _why_not(smallest: Plan, slow: Plan | None, wanted: Wanted) -> str:
         )
     reading = smallest.peak_bytes > SAFETY * sum(smallest.terms.values()) + 1
     remedy = "Take a smaller model, or free memory."
+    if wanted.memory_bytes == smallest.budget_bytes:
+        remedy = "Take a smaller model, or raise the bound (client.memory; memory= of `lamina plan`), of which data take a part."
     if reading:
         remedy = "Most of it is to read the full-precision file beside it: make a copy where there is room (`lamina quantise`)."
     return (
@@ -355,15 +376,26 @@ def plan_of(found: Mapping[str, Any]) -> Plan:
     """The inverse of `document`.
 
     Args:
-        found: What `document` gave.
+        found: What `document` gave, as it was read from a file.
 
     Returns:
         The plan.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If a field is missing, or not of its type.
+        ValueError: If one is none that a plan can have.
     """
-    return Plan(**{**found, "reasons": tuple(found["reasons"])})
+    made = Plan(**{**found, "reasons": tuple(found["reasons"])})
+    counts = (made.rank, made.micro_batch, made.accumulation, made.max_length, made.peak_bytes, made.budget_bytes)
+    numbers = [*counts, *made.ranks.values(), *(value + 1 for value in made.terms.values())]
+    if not all(type(one) is int and 1 <= one < 2**53 for one in numbers):
+        raise ValueError("a number that is none")
+    right = made.format in FORMATS and made.compute in COMPUTE_BYTES and made.optimizer in OPTIMIZER_BYTES
+    right &= type(made.checkpointing) is bool and isinstance(made.modules, str)
+    right &= made.seconds is None or (isinstance(made.seconds, float) and 0 <= made.seconds < math.inf)
+    if not right:
+        raise ValueError("a way to train that is none")
+    return made
 
 
 def document(one: Plan) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lamina.client.sizing.memory import RUNTIME_BYTES, Step, peak_bytes, terms
 from lamina.client.sizing.planner import Wanted, choices_of, read_bytes
 from lamina.client.sizing.probe import Trial, measure, speed
 from lamina.client.sizing.shape import shape_of
+from lamina.protos.config import FORMATS
 from lamina.protos.files import sha256, write_atomic
 
 _VERSIONS = ("lamina-fl", "torch", "transformers", "peft", "bitsandbytes", "torchao")
@@ -79,12 +80,22 @@ def remembered(machine: Profile, source: str) -> Profile:
     """
     try:
         document = json.loads(_file(machine, source).read_text())
-        speeds = {str(name): Speed(**one) for name, one in document["speeds"].items()}
-        overheads = {str(name): int(value) for name, value in document["overhead_bytes"].items()}
-        failed = tuple(str(name) for name in document["failed"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        speeds = {
+            name: Speed(_seconds(one["fixed_s"]), _seconds(one["token_s"])) for name, one in document["speeds"].items()
+        }
+        overheads, failed = dict(document["overhead_bytes"]), tuple(document["failed"])
+        names = {*speeds, *overheads, *failed}
+        if not names <= set(FORMATS) or not all(type(one) is int and 0 <= one < 2**40 for one in overheads.values()):
+            return machine
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return machine
     return replace(machine, speeds=speeds, overhead_bytes=overheads, failed=failed)
+
+
+def _seconds(value: Any) -> float:
+    if type(value) is not float or not 0 <= value < 1e9:
+        raise ValueError("seconds that are none")
+    return value
 
 
 def _keep(machine: Profile, source: str) -> None:

@@ -1,6 +1,14 @@
 """The configuration of every way to run: the tree of keys, and the checks on it."""
 
-from lamina.protos.config.checks import FORMATS, OPTIMIZERS, checked, client_names, formats_of, per_client
+from lamina.protos.config.checks import (
+    FORMATS,
+    OPTIMIZERS,
+    check_micro_batch,
+    checked,
+    client_names,
+    formats_of,
+    per_client,
+)
 from lamina.protos.config.tree import (
     SHORTHANDS,
     SITE_KEYS,
@@ -45,6 +53,7 @@ __all__ = [
     "StrategyConfig",
     "TrainConfig",
     "WireConfig",
+    "check_micro_batch",
     "checked",
     "client_names",
     "formats_of",

@@ -158,12 +158,8 @@ def _check_together(config: Config) -> None:
             "Set clients.ranks to one value, or strategy=recompress, which is exact for unequal ranks."
         )
     _check_allocation(config)
-    micro = config.train.micro_batch
-    if micro is not None and config.train.batch_size % micro:
-        raise ConfigError(
-            f"train.micro_batch={micro}: expected a divisor of train.batch_size={config.train.batch_size}, so that the batch "
-            "stays what the experiment asks. Set one, or leave it out."
-        )
+    if not config.client.coordinator:  # else the batch is the run's, which the site learns from the terms
+        check_micro_batch(config)
     if config.train.keep_optimizer and config.strategy.name not in ("fedavg", "zeropad"):
         raise ConfigError(
             f"train.keep_optimizer=true: {config.strategy.name} factorises anew each round, so the kept moments would "
@@ -208,6 +204,23 @@ def _check_together(config: Config) -> None:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise ConfigError(f"lora.rank_pattern.{suffix}: expected an integer >= 0, got {rank!r}.")
     _holdout(config.data.holdout)
+
+
+def check_micro_batch(config: Config) -> None:
+    """Raise unless the micro-batch divides the batch.
+
+    Args:
+        config: With both.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    micro = config.train.micro_batch
+    if micro is not None and config.train.batch_size % micro:
+        raise ConfigError(
+            f"train.micro_batch={micro}: expected a divisor of train.batch_size={config.train.batch_size}, so that the batch "
+            "stays what the experiment asks. Set one, or leave it out."
+        )
 
 
 def _check_allocation(config: Config) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import grpc
 
 from lamina.protos.clock import SYSTEM, Clock
-from lamina.protos.errors import CheckpointError, IdentityError, StorageError
+from lamina.protos.errors import CheckpointError, IdentityError, StorageError, one_line
 from lamina.protos.identity import ROLES, Peer, Revocations, peer_of, read_revocations
 from lamina.protos.logs import Log
 from lamina.server.port.calls import Call, Calls
@@ -236,7 +236,8 @@ def refuse(context: Any, code: grpc.StatusCode, message: str) -> NoReturn:
         code: Why.
         message: The sentence.
     """
-    context.abort(code, message)
+    # A client's own words may be in it, and it travels in a header of 16 kB.
+    context.abort(code, one_line(message, 2000))
     raise AssertionError("abort returned")
 
 

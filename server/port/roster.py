@@ -21,6 +21,8 @@ from lamina.server.store.deployment import DeploymentStore
 
 # Registrations that change something go into the log: a client may make so many at once, and so many a second in the long run.
 _CHANGES, _CHANGES_PER_S = 12, 0.05
+# Asking for terms changes nothing, but they are signed anew each time.
+_ASKS, _ASKS_PER_S = 60, 1.0
 
 
 class Hasty(LaminaError):
@@ -78,6 +80,7 @@ class Roster:
         self._began = clock.monotonic()
         self._budgets: dict[tuple[int, str], Budget] = {}
         self._changes = {name: TokenBucket(_CHANGES, _CHANGES_PER_S, clock.monotonic) for name in self.offered}
+        self._asks = {name: TokenBucket(_ASKS, _ASKS_PER_S, clock.monotonic) for name in self.offered}
         self._within = set(self.registered())
 
     def register(self, caller: Caller, wish: Wish, held: int, equal_ranks: bool) -> Budget:
@@ -96,13 +99,13 @@ class Roster:
             ConfigError: If that is more than the client may train.
             Hasty: If the client changes what it said too often.
         """
-        found = self.offer(caller.name, wish, equal_ranks)
+        found = self._offer(caller.name, wish, equal_ranks)
         self._remember(caller, wish, held)
         self._within.add(caller.name)
         self.saw(caller.name)
         return found
 
-    def offer(self, client_id: str, wish: Wish, equal_ranks: bool) -> Budget:
+    def ask(self, client_id: str, wish: Wish, equal_ranks: bool) -> Budget:
         """What a client would hold if it registered so; nothing is remembered.
 
         Args:
@@ -115,10 +118,21 @@ class Roster:
 
         Raises:
             ConfigError: If that is more than the client may train.
+            Hasty: If the client asks too often.
         """
+        if not self._asks[client_id].take():
+            raise Hasty(f"client {client_id}: asked for the terms too often. Wait a minute.")
+        return self._offer(client_id, wish, equal_ranks)
+
+    def _offer(self, client_id: str, wish: Wish, equal_ranks: bool) -> Budget:
+        """The same, however often."""
         offered = self.offered[client_id]
         chosen = offered if wish.rank is None else wish.rank
-        if chosen > offered or (equal_ranks and (chosen != offered or wish.ranks is not None)):
+        if equal_ranks and wish.ranks is not None:
+            raise ConfigError(
+                f"client {client_id}: expected rank {offered} in every module, as the strategy needs, got ranks by module."
+            )
+        if chosen > offered or (equal_ranks and chosen != offered):
             bound = "exactly" if equal_ranks else "at most"
             raise ConfigError(
                 f"client {client_id}: expected {bound} rank {offered}, got lora.rank={chosen}. "

@@ -13,7 +13,7 @@ import grpc
 from lamina.protos import coordinator_pb2 as pb
 from lamina.protos import statements as st
 from lamina.protos.config import FORMATS
-from lamina.protos.errors import ConfigError
+from lamina.protos.errors import ConfigError, shown
 from lamina.protos.messages import Instruction, Reply
 from lamina.server.port.access import Caller, refuse
 from lamina.server.port.roster import Hasty, Wish
@@ -47,7 +47,7 @@ class Sites(Uploads):
         document = self._read(request, st.REGISTER, caller, context)
         try:
             versions = st.field(document, "versions", list)
-            held, wish = st.bounded(document, "held", -1), _wish(document)
+            held, wish = st.bounded(document, "held", -1), _wish(document, len(run.campaign.spec.modules))
             if st.field(document, "run_id", str) != run.campaign.run_id:
                 held = -1  # what it holds is of another run
             if st.PROTOCOL not in versions:
@@ -57,10 +57,11 @@ class Sites(Uploads):
                 )
             equal = run.campaign.strategy.equal_ranks
             if document.get("ask") is True:  # the client sizes itself by the terms before it comes
-                budget = run.roster.offer(caller.name, wish, equal)
+                budget = run.roster.ask(caller.name, wish, equal)
             else:
                 budget = run.roster.register(caller, wish, held, equal)
         except st.BadStatement as error:
+            count(run, caller, error.reason, str(error))
             refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ConfigError as error:
             refuse(context, _OUT_OF_TURN, str(error))
@@ -162,14 +163,20 @@ class Sites(Uploads):
         refuse(context, grpc.StatusCode.INVALID_ARGUMENT, f"{error.reason}: {error}")
 
 
-def _wish(document: Mapping[str, Any]) -> Wish:
+def _wish(document: Mapping[str, Any], modules: int) -> Wish:
     """What a registration asks for; what was left out is what is offered."""
     if document.get("rank") is not None:
         st.bounded(document, "rank", 1)
     ranks = document.get("ranks")
     if ranks is not None:
-        for module in st.field(document, "ranks", dict):
-            st.bounded(ranks, module, 1)
+        if len(st.field(document, "ranks", dict)) > modules:
+            raise st.BadStatement("malformed", f"expected ranks of at most {modules} modules, got {len(ranks)}.")
+        for module, rank in ranks.items():
+            if type(rank) is not int or not 1 <= rank <= st.MAX_NUMBER:
+                where = shown(module)
+                raise st.BadStatement(
+                    "malformed", f"expected 1 <= rank <= {st.MAX_NUMBER} for {where}, got {shown(rank)}."
+                )
     number_format = document.get("format", "")
     if number_format not in ("", *FORMATS):
         raise st.BadStatement("malformed", f"expected format to be one of {', '.join(FORMATS)}, or empty.")

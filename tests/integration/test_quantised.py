@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from lamina.client.data import Example
+from lamina.client.evaluate import score
+from lamina.client.hardware import Profile
 from lamina.client.loading import BaseOptions, load_base
-from lamina.client.losses import Batch, losses
+from lamina.client.losses import Batch, losses, padded_length
 from lamina.client.making import Wanted, make
 from lamina.client.model import Base, put, training_mode
 from lamina.client.quantised import compensation, copies, mixed, selftest
@@ -183,6 +186,45 @@ def test_a_changed_copy_is_refused(made: Mapping[str, Path], tmp_path: Path) -> 
     (one / copies.MANIFEST).write_text(json.dumps({"schema": 1}))
     with pytest.raises(ConfigError, match="expected a manifest"):
         load_base(BaseOptions(str(one)))
+    good = json.loads((made["nf4"] / copies.MANIFEST).read_text())
+    for change in (
+        {"format": "evil"}, {"format": 5}, {"compute": "evil"}, {"formats": {"x": "evil"}}, {"compensation": -7},
+        {"compensation": float("inf")}, {"compensation": 10**15}, {"compensation": True},
+        {"base": {**good["base"], "weights": "x"}}, {"files": {"model.safetensors": "\x1b[31m"}}, {"base_model": 3},
+    ):  # fmt: skip
+        (one / copies.MANIFEST).write_text(json.dumps(good | change))
+        with pytest.raises(ConfigError, match="expected a manifest"):
+            load_base(BaseOptions(str(one)))
+    (one / copies.MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="expected a manifest"):
+        load_base(BaseOptions(str(one)))
+    for lie in ("int8", "bf16", "fp32"):
+        (one / copies.MANIFEST).write_text(json.dumps(good | {"format": lie}))
+        with pytest.raises(ConfigError, match=f"expected files in {lie}"):
+            load_base(BaseOptions(str(one)))
+
+
+def test_a_copy_computes_as_the_device_does_not_as_its_maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(Wanted("tiny", tmp_path / "copy", "nf4", "bf16"), lambda text: None)
+    for features, dtype in ((("avx2",), torch.float32), (("avx2", "amx_bf16"), torch.bfloat16)):
+        machine = Profile("cpu", "x", 10**10, 10**10, 1, features=features)
+        monkeypatch.setattr("lamina.client.loading.profile", lambda device, machine=machine: machine)
+        base = load_base(BaseOptions(str(tmp_path / "copy"), device="cpu"))
+        assert base.dtype == dtype
+        assert selftest.check(base, "here") < 4e-2
+
+
+def test_batches_of_16_bits_on_a_processor_have_few_shapes() -> None:
+    base = base_in("bf16", "bf16")
+    lengths = {padded_length(base, length, 300) for length in range(1, 301)}
+    assert lengths == {18, 37, 75, 150, 300}
+    assert all(padded_length(base, length, 300) >= length for length in range(1, 301))
+    assert padded_length(base_in("fp32", "fp32"), 77, 300) == 77
+    rng = np.random.default_rng(0)
+    examples = [Example(rng.integers(2, 1000, n).astype(np.int32), np.ones(n, bool)) for n in (9, 20, 33, 64)]
+    exact = score(base, examples, 1)
+    base.dtype = torch.float32  # so that nothing is padded
+    assert score(base, examples, 1).nats == pytest.approx(exact.nats, rel=2e-3)
 
 
 def test_a_copy_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from lamina.client.worker import SiteWorker
 from lamina.protos import compose, ranks
 from lamina.protos.blobs import blob
 from lamina.protos.codec import decode, encode
-from lamina.protos.errors import PolicyRefused
+from lamina.protos.errors import ConfigError, PolicyRefused
 from lamina.protos.messages import Instruction
 from lamina.protos.spec import AdapterSpec
 from lamina.server import campaign as campaigns
@@ -82,6 +82,12 @@ def memory_of(schema: AdapterSpec, rows: Any, fits: Callable[[Plan], bool]) -> i
         if fits(found):
             return number
     raise AssertionError("no memory gives such a plan")
+
+
+def without_room(sized: Sized) -> Any:
+    """All but how much is free just now."""
+    plan = {key: value for key, value in sized.kept["plan"].items() if key not in ("budget_bytes", "reasons")}
+    return sized.wish, sized.kept["ranks"], plan
 
 
 def plan_of(one: SiteWorker) -> Plan:
@@ -164,13 +170,69 @@ def test_a_copy_that_is_not_trusted_is_not_loaded(schema: AdapterSpec, rows: Any
     digest = copies.read(tmp_path / "copy").digest
     for listed, refused in (((), False), ((digest,), False), (("ab" * 32,), True)):
         one = worker(rows, f"model.source={tmp_path / 'copy'}", policy=Policy(manifests=listed))
-        sized = one.size(offered(schema), schema, None)
-        assert sized.wish.format == "nf4"
         if refused:
+            with pytest.raises(PolicyRefused, match="whose manifest is listed"):
+                one.size(offered(schema), schema, None)
             with pytest.raises(PolicyRefused, match="whose manifest is listed"):
                 one.begin(offered(schema), schema, {}, -1)
         else:
+            assert one.size(offered(schema), schema, None).wish.format == "nf4"
             one.begin(offered(schema), schema, {}, -1)
+
+
+def test_what_was_kept_under_another_policy_is_planned_anew(schema: AdapterSpec, rows: Any) -> None:
+    told = offered(schema, "lora.allocation=importance", "train.max_length=16")
+    kept = worker(rows).size(told, schema, None).kept
+    assert worker(rows).size(told, schema, kept).kept == kept
+    stricter = worker(rows, policy=Policy(leave=Leave(allocation=False))).size(told, schema, kept)
+    assert stricter.wish.ranks is None
+    coarser = worker(rows, policy=Policy(leave=Leave(rank="coarse"))).size(told, schema, kept)
+    assert all(rank & (rank - 1) == 0 for rank in (coarser.wish.ranks or {"": 3}).values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peak_bytes": "1"}, {"peak_bytes": None}, {"peak_bytes": -5}, {"peak_bytes": 0}, {"budget_bytes": "z"},
+        {"micro_batch": "8"}, {"micro_batch": 2.5}, {"micro_batch": 0}, {"micro_batch": 10**30}, {"max_length": 10**9},
+        {"max_length": "x"}, {"format": "evil"}, {"format": 5}, {"optimizer": "sgd"}, {"checkpointing": "no"}, {"rank": True},
+        {"ranks": {"x": 8}}, {"ranks": []}, {"terms": {"weights": float("inf")}}, {"terms": 3}, {"reasons": 3},
+        {"seconds": float("nan")}, {"seconds": "1"}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_a_kept_plan_that_was_changed_is_not_believed(schema: AdapterSpec, rows: Any, change: dict[str, Any]) -> None:
+    first = worker(rows).size(offered(schema), schema, None)
+    again = worker(rows).size(offered(schema), schema, {**first.kept, "plan": {**first.kept["plan"], **change}})
+    assert without_room(again) == without_room(first)
+
+
+@pytest.mark.parametrize("ranks_kept", [{}, {"x": 8}, 3, None, {"": 10**12}, [["a", 1]]])
+def test_kept_ranks_that_were_changed_are_not_believed(schema: AdapterSpec, rows: Any, ranks_kept: Any) -> None:
+    first = worker(rows).size(offered(schema), schema, None)
+    some = next(iter(schema.modules))
+    for kept in (ranks_kept, {some: 0}, {some: -1}, {some: OFFERED + 1}, {some: float("inf")}, {some: "8"}):
+        again = worker(rows).size(offered(schema), schema, {**first.kept, "ranks": kept})
+        assert without_room(again) == without_room(first)
+
+
+def test_a_sites_own_rank_is_trained_or_refused(schema: AdapterSpec, rows: Any) -> None:
+    sized = worker(rows, "lora.rank=5").size(offered(schema), schema, None)
+    assert set((sized.wish.ranks or {}).values()) == {5}
+    with pytest.raises(ConfigError, match=r"lora\.rank=17: expected at most rank 16"):
+        worker(rows, "lora.rank=17").size(offered(schema), schema, None)
+    policy = Policy(leave=Leave(rank="coarse"))
+    sized = worker(rows, "lora.rank=5", policy=policy).size(offered(schema), schema, None)
+    assert (sized.wish.rank, set((sized.wish.ranks or {}).values())) == (None, {4})
+
+
+def test_a_sites_micro_batch_is_one_of_the_runs_batch(schema: AdapterSpec, rows: Any) -> None:
+    told = offered(schema, "train.batch_size=12")
+    words = ("client.coordinator=127.0.0.1:1", "train.micro_batch=3")
+    one = worker(rows, *words)
+    one.size(told, schema, None)
+    assert (plan_of(one).micro_batch, plan_of(one).accumulation) == (3, 4)
+    with pytest.raises(ConfigError, match=r"expected a divisor of train\.batch_size=12"):
+        worker(rows, words[0], "train.micro_batch=8").size(told, schema, None)
 
 
 def test_after_running_out_of_memory_the_next_round_takes_less(
@@ -197,6 +259,23 @@ def test_after_running_out_of_memory_the_next_round_takes_less(
     monkeypatch.setattr(module, "respond", honest)
     found = decode(one.train(instruction(schema), lambda step: None).update)
     assert {name: factors.rank for name, factors in found.lora.items()} == sized.kept["ranks"]
+
+
+def test_after_a_round_that_took_more_than_there_is_the_next_takes_less(
+    schema: AdapterSpec, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = worker(rows, "client.memory=300MB")
+    one.size(offered(schema), schema, None)
+    one.begin(offered(schema), schema, {}, -1)
+    before = plan_of(one)
+    monkeypatch.setattr(resident, "peak", lambda device: 2 * before.budget_bytes)
+    one.train(instruction(schema), lambda step: None)
+    after = plan_of(one)
+    assert after.peak_bytes < before.peak_bytes
+    assert after.micro_batch == 1  # the least there is, as half of this base does not fit
+    assert after.micro_batch * after.accumulation == 8
+    assert one._run is not None
+    assert one._run.site.train.micro_batch == after.micro_batch
 
 
 def test_an_error_that_is_not_about_memory_stays_what_it_is(

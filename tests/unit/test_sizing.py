@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -232,5 +233,14 @@ def test_a_probe_is_remembered_by_model_machine_and_versions(tmp_path: Path, mon
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (kept,) = (tmp_path / "cache").rglob("*.json")
-    kept.write_text('{"speeds": 3}')
+    good = json.loads(kept.read_text())
+    for change in (
+        {"speeds": 3}, {"speeds": {"fp32": {"fixed_s": "1", "token_s": 0.1}}}, {"overhead_bytes": {"fp32": -(10**12)}},
+        {"speeds": {"fp32": {"fixed_s": -1.0, "token_s": 0.1}}}, {"overhead_bytes": {"fp32": float("inf")}},
+        {"speeds": {"fp32": {"fixed_s": float("nan"), "token_s": 0.1}}}, {"failed": ["x"]}, {"failed": 3},
+        {"overhead_bytes": {"evil": 1}},
+    ):  # fmt: skip
+        kept.write_text(json.dumps(good | change))
+        assert probes.remembered(machine, "tiny") == machine
+    kept.write_text("[" * 100_000)
     assert probes.remembered(machine, "tiny") == machine
