@@ -132,6 +132,8 @@ def what_if(text: str) -> Profile:
     if kind == "cuda":
         major, minor = (found[2] or "8.0").split(".")
         capability = (int(major), int(minor))
+    if found[4] and int(found[4]) < 1:
+        raise ConfigError(f"--what-if={text}: expected at least one core.")
     features = ("avx2",) if kind == "cpu" else ()
     return Profile(kind, text.strip(), free, free, int(found[4] or 1), capability, features)
 

@@ -78,6 +78,11 @@ def main(command: str, words: Sequence[str]) -> int:
 
     quiet()
     shape = shape_of(settings["model"])
+    if shape.positions and numbers["max_length"] > shape.positions:
+        raise ConfigError(
+            f"max_length={numbers['max_length']}: expected at most {shape.positions}, what the positions of "
+            f"model={settings['model']} reach."
+        )
     machine = what_if(imagined) if imagined else profile(settings["device"])
     wanted = of_source(Wanted(**numbers), settings["model"], shape, machine)
     if not imagined:

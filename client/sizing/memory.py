@@ -61,6 +61,7 @@ class Shape:
         vocab: Size of the vocabulary; of the labels for a classifier.
         gated: Whether the feed-forward part has a gate.
         embedding: Numbers of the input embeddings where nothing else reads them, 0 where they are tied to the output head.
+        positions: Tokens that the model's positions reach, 0 for any.
     """
 
     linears: Mapping[str, tuple[int, int]]
@@ -73,6 +74,7 @@ class Shape:
     vocab: int
     gated: bool = True
     embedding: int = 0
+    positions: int = 0
 
     @property
     def parameters(self) -> int:

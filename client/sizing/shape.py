@@ -134,5 +134,6 @@ def _shape(model: Any, config: Any, outputs: int) -> Shape:
         key_value=key_value,
         vocab=outputs,
         embedding=0 if _tied(model) else config.vocab_size * hidden,
+        positions=int(getattr(config, "max_position_embeddings", None) or 0),
         gated=any("gate" in name.rpartition(".")[2] for name in linears),
     )

@@ -62,8 +62,10 @@ def test_a_plan_for_70_billion_parameters_needs_no_weights(tmp_path: Path, capsy
 
 @pytest.mark.parametrize(
     "words",
-    [["--what-if"], ["--what-if", "tpu:1GB"], ["rank=0"], ["memory=lots"], ["deadline_s=x"], ["model=/nowhere"], ["x"]],
-)
+    [["--what-if"], ["--what-if", "tpu:1GB"], ["rank=0"], ["memory=lots"], ["deadline_s=x"], ["model=/nowhere"], ["x"],
+     ["deadline_s=-1"], ["deadline_s=nan"], ["max_length=513"], ["--what-if", "cpu:4GiB,cores=0"], ["rank=²"],
+     ["rank=" + "9" * 5000], ["memory=" + "9" * 400], ["memory=0"], ["memory=-1"]],
+)  # fmt: skip
 def test_words_that_are_none(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = said(capsys, "plan", *words)
     assert (code, out) == (2, "")
