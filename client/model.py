@@ -135,7 +135,7 @@ def head_of(base: Base) -> torch.nn.Module:
     return base.model.get_base_model().get_output_embeddings()  # type: ignore[no-any-return]
 
 
-def put(base: Base, adapter: Adapter, frozen: Frozen | None, trainable: bool = True) -> None:
+def put(base: Base, adapter: Adapter, frozen: Frozen | None, trainable: bool = True, sides: str = "AB") -> None:
     """Put an adapter into the slots; modules that it lacks get rank 0, dense parameters that it lacks their first values.
 
     Args:
@@ -143,6 +143,7 @@ def put(base: Base, adapter: Adapter, frozen: Frozen | None, trainable: bool = T
         adapter: What to train or evaluate.
         frozen: What rides beside it, or None.
         trainable: Whether gradients are wanted.
+        sides: Of which factors, where they are.
     """
     base.frozen.clear()
     if frozen is not None:
@@ -152,8 +153,8 @@ def put(base: Base, adapter: Adapter, frozen: Frozen | None, trainable: bool = T
         rows = np.zeros((0, d_in), np.float32) if factors is None else factors.A
         columns = np.zeros((d_out, 0), np.float32) if factors is None else factors.B
         layer = base.layer(module)
-        for slot, values in ((layer.lora_A, rows), (layer.lora_B, columns)):
-            _fill(slot[SLOT], values, base.device, trainable and values.size > 0)
+        for side, slot, values in (("A", layer.lora_A, rows), ("B", layer.lora_B, columns)):
+            _fill(slot[SLOT], values, base.device, trainable and side in sides and values.size > 0)
         layer.r[SLOT], layer.scaling[SLOT] = rows.shape[0], 1.0 if factors is None else factors.scale
         # A slot of rank 0 is skipped rather than multiplied through.
         layer._disable_adapters = rows.shape[0] == 0

@@ -23,6 +23,7 @@ from lamina.protos.codec import WireFormat, encode_update, loaded, opened
 from lamina.protos.config import TrainConfig
 from lamina.protos.errors import AdapterMismatch, TrainingError
 from lamina.protos.messages import Budget, Instruction, Reply, Update
+from lamina.protos.sides import one_side, side_of, whole
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ def respond(
         TrainingError: If training is not finite.
     """
     where = f"client {site.client_id}, round {instruction.round}, release"
-    release, beside = received(base, state, instruction, shared)
+    release, beside = received(site, base, state, instruction, shared)
     task = Task(site.client_id, instruction.round, site.rounds, site.seed, site.train)
     start = completed(release, site.budget.train, site.budget.scale, task, base)
-    put(base, start, beside)
+    put(base, start, beside, sides=instruction.train)
     del release
     if site.train.proximal == 0:
         start = EMPTY  # it is in the slots; nothing else of it is held while memory is at its peak
@@ -108,6 +109,8 @@ def respond(
     adapter = take(base)
     if not is_finite(adapter):
         raise TrainingError(f"{where}: expected finite factors after training. Lower train.learning_rate.")
+    if instruction.train in ("A", "B"):
+        adapter = Adapter({m: one_side(f, instruction.train) for m, f in adapter.lora.items()}, adapter.dense)
     update = Update(
         run_id=instruction.run_id,
         round=instruction.round,
@@ -129,10 +132,13 @@ def respond(
     return Reply(site.client_id, blob(payload)), after
 
 
-def received(base: Base, state: ClientState, instruction: Instruction, shared: Shared) -> tuple[Adapter, Frozen | None]:
+def received(
+    site: Site, base: Base, state: ClientState, instruction: Instruction, shared: Shared
+) -> tuple[Adapter, Frozen | None]:
     """A release as the client has it, checked against its base.
 
     Args:
+        site: Whose ranks and seed make a release of one factor whole.
         base: For the schema.
         state: What the client carries; a frozen part may be added to it.
         instruction: With the encoded release.
@@ -146,9 +152,23 @@ def received(base: Base, state: ClientState, instruction: Instruction, shared: S
         AdapterMismatch: If it does not fit, or adds to a version that the client does not hold.
     """
     where = f"client {instruction.client_id}, round {instruction.round}, release"
+    if instruction.train != "AB":
+        return _made_whole(site, base, instruction, where), None
     release = loaded(opened(instruction.release))
     base.spec.check(release, where)
     return release, _frozen(state, instruction, base, shared, where)
+
+
+def _made_whole(site: Site, base: Base, instruction: Instruction, where: str) -> Adapter:
+    """Both factors of every module: what came, and what has not moved since the start."""
+    if instruction.train not in ("A", "B"):
+        raise AdapterMismatch(f"{where}: expected lora_A, lora_B or both to train, got {instruction.train}.")
+    parts = [loaded(opened(part)) for part in (instruction.release, instruction.frozen) if part is not None]
+    for part in parts:
+        base.spec.check(part, where, side_of(part, where) or "AB")
+        if not part.lora.keys() <= site.budget.train.keys():
+            raise AdapterMismatch(f"{where}: expected modules that this client trains, got others.")
+    return loaded(whole(parts, site.budget.train, site.budget.scale, base.spec.modules, site.seed))
 
 
 def _frozen(state: ClientState, instruction: Instruction, base: Base, shared: Shared, where: str) -> Frozen | None:

@@ -327,7 +327,7 @@ class SiteWorker:
         run, base = self._begun()
         if not run.held_out:
             raise DataError(f"data.source={run.config.data.source}: expected rows to hold out, got too few.")
-        release, beside = received(base, self._state, instruction, dict(self._shared))
+        release, beside = received(run.site, base, self._state, instruction, dict(self._shared))
         put(base, release, beside, trainable=False)
         found = score(base, run.held_out, run.config.evaluate.batch_size)
         put(base, Adapter(), None, trainable=False)

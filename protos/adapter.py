@@ -6,7 +6,7 @@ that the factors add to the frozen weight. Many factor pairs give one product; o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,33 @@ class Adapter:
 
 
 EMPTY = Adapter()
+
+
+@dataclass(frozen=True)
+class Lazy(Mapping[str, Any]):
+    """Names to what `read` makes of each, made anew at every look.
+
+    Attributes:
+        names: What there is, in its order.
+        read: Name to value.
+    """
+
+    names: Mapping[str, None]
+    read: Callable[[str], Any]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def product(factors: LoraFactors) -> NDArray[np.float64]:

@@ -9,14 +9,14 @@ Dense parameters travel in float32 under int8. Values are not trusted: finitenes
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from lamina.protos.adapter import Adapter, Array, LoraFactors
+from lamina.protos.adapter import Adapter, Array, Lazy, LoraFactors
 from lamina.protos.blobs import Blob
 from lamina.protos.errors import AdapterMismatch, UpdateRejected
 from lamina.protos.layout import LayoutError, Tensor, canonical, parse
@@ -206,28 +206,6 @@ def loaded(adapter: Adapter) -> Adapter:
     return Adapter(dict(adapter.lora.items()), dict(adapter.dense.items()))
 
 
-@dataclass(frozen=True)
-class _Lazy(Mapping[str, Any]):
-    """Names to what `read` makes of each, made anew at every look."""
-
-    names: Mapping[str, None]
-    read: Callable[[str], Any]
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.names:
-            raise KeyError(name)
-        return self.read(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
 def _adapter(parsed: _Parsed) -> Adapter:
     """Check names, number formats and shapes, all from the header; arrays are read later."""
     try:
@@ -264,7 +242,7 @@ def _adapter(parsed: _Parsed) -> Adapter:
         return LoraFactors(values(module + _A), values(module + _B), float(scales[module]))
 
     dense = dict.fromkeys(name for name in names if not name.endswith((_A, _B)))
-    return Adapter(_Lazy(dict.fromkeys(sorted(a_side)), factors), _Lazy(dense, values))
+    return Adapter(Lazy(dict.fromkeys(sorted(a_side)), factors), Lazy(dense, values))
 
 
 def _is_number(value: object) -> bool:

@@ -41,7 +41,8 @@ class Release:
             trains: the remaining slots start fresh.
         frozen: A part that rides beside the trainable one, in factors of scale 1. It replaces what the client
             holds, or is added to it where `frozen_since` names the version that the client holds.
-        train: Which factors the client trains.
+        train: Which factors the client trains. Where it is one, each part holds one factor or none, see `sides`: `trainable` the
+            factor that moved last, and `frozen` the other, the same bytes as `trainable` of the version before.
         frozen_since: Version to which `frozen` is an addition, or None.
         keep_frozen: Whether later releases may add to the frozen part, so that the client must keep it.
     """
@@ -63,7 +64,8 @@ class Update:
         round: From 1.
         client_id: Who sends it.
         parent_release_hash: SHA-256 (hex) of the encoded release that training started from.
-        adapter: The trained adapter (not the change), at the client's own scale and rank.
+        adapter: The trained adapter (not the change), at the client's own scale and rank; where one factor is trained, that
+            one alone.
         num_examples: Examples in the client's training set.
         metrics: Numbers about the training, such as `train_loss`.
         privacy: What the client's mechanism did, or None.

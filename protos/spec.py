@@ -51,18 +51,19 @@ class AdapterSpec:
         """
         return min(rank, *self.modules[module])
 
-    def check(self, adapter: Adapter, where: str = "adapter") -> None:
+    def check(self, adapter: Adapter, where: str = "adapter", sides: str = "AB") -> None:
         """Raise unless the adapter fits: known modules, their shapes, known dense parameters, their shapes.
 
         Args:
             adapter: Any adapter. Modules may be missing: a client need not train them all.
             where: Put before the message, such as `client 17, round 3`.
+            sides: The factors that it must hold; one that is not named must have width 0.
 
         Raises:
             AdapterMismatch: Naming the first module that does not fit.
         """
         for module, factors in adapter.lora.items():
-            self._check_module(module, factors, where)
+            self._check_module(module, factors, where, sides)
         for name, value in adapter.dense.items():
             if name not in self.dense:
                 raise AdapterMismatch(f"{where}: expected dense parameters {sorted(self.dense)}, got {name!r}.")
@@ -72,10 +73,10 @@ class AdapterSpec:
                     "Check that both sides have one label list."
                 )
 
-    def _check_module(self, module: str, factors: LoraFactors, where: str) -> None:
+    def _check_module(self, module: str, factors: LoraFactors, where: str, sides: str) -> None:
         if module not in self.modules:
             raise AdapterMismatch(f"{where}: expected modules of the spec, got {module!r}. Check lora.target_modules.")
-        d_out, d_in = self.modules[module]
+        d_out, d_in = (size if side in sides else 0 for side, size in zip("BA", self.modules[module], strict=True))
         rank = factors.rank
         if factors.A.shape != (rank, d_in) or factors.B.shape != (d_out, rank):
             raise AdapterMismatch(

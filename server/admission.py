@@ -16,7 +16,8 @@ from lamina.protos.adapter import Adapter, Array, is_finite
 from lamina.protos.blobs import Blob
 from lamina.protos.codec import opened_update
 from lamina.protos.errors import AdapterMismatch, UpdateRejected
-from lamina.protos.messages import Budget, Update
+from lamina.protos.messages import Budget, Trainable, Update
+from lamina.protos.sides import filled
 from lamina.protos.spec import AdapterSpec
 from lamina.strategies.factors import change
 
@@ -38,8 +39,9 @@ class Expected:
         parent_release_hash: Of the release that the client was given.
         spec: The negotiated schema.
         budget: The client's ranks and scales.
-        received: The decoded trainable part of its release.
+        received: The trainable part of its release as the client has it.
         max_norm: Largest Frobenius norm of the whole change, or None.
+        train: The factors that it was to train and send.
     """
 
     run_id: str
@@ -50,19 +52,22 @@ class Expected:
     budget: Budget
     received: Adapter
     max_norm: float | None = None
+    train: Trainable = "AB"
 
 
-def size_cap_bytes(spec: AdapterSpec, budget: Budget) -> int:
+def size_cap_bytes(spec: AdapterSpec, budget: Budget, train: Trainable = "AB") -> int:
     """Most bytes that an update of this budget can take in any wire format, headers included.
 
     Args:
         spec: The schema.
         budget: The client's ranks.
+        train: The factors that are sent.
 
     Returns:
         Bytes; checked before anything is parsed.
     """
-    numbers = sum(rank * sum(spec.modules[module]) for module, rank in budget.train.items())
+    sides = {module: zip("BA", shape, strict=True) for module, shape in spec.modules.items()}
+    numbers = sum(rank * sum(n for side, n in sides[m] if side in train) for m, rank in budget.train.items())
     numbers += sum(value.size for value in spec.dense.values())
     return 4 * numbers + HEADER_BYTES + BYTES_PER_MODULE * (len(spec.modules) + len(spec.dense))
 
@@ -82,7 +87,7 @@ def admit(payload: Blob, expected: Expected, seen: Container[str]) -> Update:
         UpdateRejected: With the reason's code.
     """
     where = f"client {expected.client_id}, round {expected.round}"
-    update = opened_update(payload, size_cap_bytes(expected.spec, expected.budget))
+    update = opened_update(payload, size_cap_bytes(expected.spec, expected.budget, expected.train))
     claims = [
         ("wrong-run", update.run_id, expected.run_id),
         ("wrong-round", update.round, expected.round),
@@ -104,7 +109,7 @@ def admit(payload: Blob, expected: Expected, seen: Container[str]) -> Update:
 
 def _check_adapter(adapter: Adapter, expected: Expected, where: str) -> None:
     try:
-        expected.spec.check(adapter, where)
+        expected.spec.check(adapter, where, expected.train)
     except AdapterMismatch as error:
         raise UpdateRejected("schema", str(error)) from None
     if set(adapter.dense) != set(expected.spec.dense) or set(adapter.lora) != set(expected.budget.train):
@@ -117,6 +122,8 @@ def _check_adapter(adapter: Adapter, expected: Expected, where: str) -> None:
                 f"{where}: expected rank {rank} and scale {scale:g} for {module}, got {factors.rank} and {factors.scale:g}. "
                 "Register the new rank before training with it.",
             )
+    if expected.train in ("A", "B"):  # products from here on
+        adapter = filled(adapter, expected.received, expected.train)
     found = _magnitude(adapter)
     if not found <= MAX_MAGNITUDE:
         if not is_finite(adapter):

@@ -12,7 +12,8 @@ from lamina.protos import seeds
 from lamina.protos.adapter import EMPTY
 from lamina.protos.blobs import Blob
 from lamina.protos.codec import encode, opened
-from lamina.protos.messages import Budget, Instruction, Kind, Release
+from lamina.protos.messages import Budget, Instruction, Kind, Release, Update
+from lamina.protos.sides import filled, whole
 from lamina.server.campaign import Campaign
 from lamina.strategies.base import ServerState
 from lamina.strategies.factors import pair
@@ -27,12 +28,52 @@ class Sent:
     Attributes:
         instruction: With the encoded release.
         budget: What it was cut to.
-        decoded: As the client has it.
+        decoded: As it arrives; see `started` for what the client has then.
     """
 
     instruction: Instruction
     budget: Budget
     decoded: Release
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of what a client has to fetch that keeps the release before: where one factor is trained, that is half."""
+        asked = self.instruction
+        kept = asked.train in ("A", "B") and self.budget.held_version == asked.version - 1
+        return asked.release.num_bytes if kept else asked.num_bytes
+
+
+def started(campaign: Campaign, sent: Sent) -> Release:
+    """A release as its client has it: both factors in every module, where parts of one factor went out.
+
+    Args:
+        campaign: Schema and seed.
+        sent: To whom.
+
+    Returns:
+        T_k, and what is beside it.
+    """
+    release, budget = sent.decoded, sent.budget
+    if release.train == "AB":
+        return release
+    parts = (release.trainable, release.frozen)
+    adapter = whole(parts, budget.train, budget.scale, campaign.spec.modules, campaign.seed)
+    return replace(release, trainable=adapter, frozen=None)
+
+
+def trained(update: Update, release: Release) -> Update:
+    """An update with the factor that was not trained, and so not sent.
+
+    Args:
+        update: Admitted.
+        release: See `started`.
+
+    Returns:
+        W_k, both factors in every module.
+    """
+    if release.train not in ("A", "B"):
+        return update
+    return replace(update, adapter=filled(update.adapter, release.trainable, release.train))
 
 
 def holding(budgets: Mapping[str, Budget], held: Mapping[str, int]) -> dict[str, Budget]:
@@ -78,6 +119,8 @@ def _encode_release(campaign: Campaign, keep: Keep, state: ServerState, budget: 
     release = campaign.strategy.release(state, budget)
     rng = seeds.stream(campaign.seed, "release", state.round)
     trainable = keep(encode(release.trainable, campaign.wire, rng))
+    if release.train in ("A", "B"):  # the same bytes as a round ago: then its client need not fetch it again
+        rng = seeds.stream(campaign.seed, "release", state.round - 1)
     frozen = None if release.frozen is None else keep(encode(release.frozen, campaign.wire, rng))
     decoded = replace(release, trainable=opened(trainable), frozen=None if frozen is None else opened(frozen))
     instruction = Instruction(
@@ -113,7 +156,7 @@ def release_errors(campaign: Campaign, state: ServerState, sent: Mapping[str, Se
             continue
         key = repr(one.budget)
         if key not in known:
-            known[key] = release_error(state, campaign.strategy.release(state, one.budget), one.decoded)
+            known[key] = release_error(state, campaign.strategy.release(state, one.budget), started(campaign, one))
         found[client] = known[key]
     return found
 
@@ -130,14 +173,14 @@ def release_error(state: ServerState, sent: Release, decoded: Release) -> float:
         The largest Frobenius distance over modules, relative to the module's global product; 0 while that is 0.
     """
     worst = 0.0
-    for module, whole in state.adapter.lora.items():
+    for module, everything in state.adapter.lora.items():
         additive = sent.frozen_since is not None
         parts = [decoded.frozen or EMPTY] if additive else [decoded.trainable, decoded.frozen or EMPTY]
         held = [pair(part.lora[module], -1.0) for part in parts if module in part.lora]
         if additive and sent.frozen is not None:
-            norm, distance = _norms([pair(whole)])[0], _norms([pair(sent.frozen.lora[module]), *held])[1]
+            norm, distance = _norms([pair(everything)])[0], _norms([pair(sent.frozen.lora[module]), *held])[1]
         else:
-            norm, distance = _norms([pair(whole), *held])
+            norm, distance = _norms([pair(everything), *held])
         worst = max(worst, distance / norm if norm else 0.0)
     return worst
 

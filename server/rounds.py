@@ -22,7 +22,7 @@ from lamina.protos.messages import Budget, Rejection, Reply, Update
 from lamina.server import admission, selection
 from lamina.server.campaign import Campaign
 from lamina.server.channel import Channel
-from lamina.server.releases import Sent, holding, release_errors, released
+from lamina.server.releases import Sent, holding, release_errors, released, started, trained
 from lamina.server.store.base import Collected, Completed, Evaluation, Opened, Store, evaluation_record
 from lamina.strategies.base import ServerState, client_weights
 
@@ -131,9 +131,9 @@ def _step(
 ) -> Completed:
     """The next state and the round's record, as yet without held-out figures."""
     sent = round_open.sent
-    updates = [collected.updates[client] for client in sorted(collected.updates)]
-    releases = {client: sent[client].decoded for client in collected.updates}
-    started = time.monotonic()
+    releases = {client: started(campaign, sent[client]) for client in collected.updates}
+    updates = [trained(collected.updates[client], releases[client]) for client in sorted(collected.updates)]
+    began = time.monotonic()
     after = campaign.strategy.step(state, updates, releases, seeds.stream(campaign.seed, "step", round_open.round))
     train_losses = _claimed(updates, "train_loss")
     record = {
@@ -144,15 +144,13 @@ def _step(
         **evaluation_record(None),
         "train_loss": float(np.mean(train_losses)) if train_losses else None,
         "bytes_up": collected.num_bytes,
-        "bytes_down": sum(
-            one.instruction.num_bytes for one in sent.values() if one.instruction.round == round_open.round
-        ),
+        "bytes_down": sum(one.num_bytes for one in sent.values() if one.instruction.round == round_open.round),
         "relative_error": after.relative_error,
         "dropped_norm": max((layer.dropped_norm for layer in after.report.values()), default=0.0),
         "release_error": max(collected.errors.values(), default=0.0),
         "release_error_by_client": dict(collected.errors),
         "seconds_collect": collected.seconds,
-        "seconds_aggregate": time.monotonic() - started,
+        "seconds_aggregate": time.monotonic() - began,
         "seconds_train": sum(_claimed(updates, "seconds")),
         "epsilon": None,
     }
@@ -277,6 +275,7 @@ def _expected(campaign: Campaign, sent: Sent) -> admission.Expected:
         parent_release_hash=sent.instruction.release_hash,
         spec=campaign.spec,
         budget=sent.budget,
-        received=sent.decoded.trainable,
+        received=started(campaign, sent).trainable,
         max_norm=campaign.max_norm,
+        train=sent.instruction.train,
     )

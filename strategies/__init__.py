@@ -9,8 +9,9 @@ from lamina.protos.errors import ConfigError, nearest
 from lamina.strategies.base import ServerState, Strategy, Weighting
 from lamina.strategies.baselines import Shared, fedavg, flexlora, zeropad
 from lamina.strategies.exact import Rule, recompress, residual, stack
+from lamina.strategies.linear import Nested, alternate, ffa
 
-STRATEGIES = ("recompress", "residual", "stack", "fedavg", "zeropad", "flexlora")
+STRATEGIES = ("recompress", "residual", "stack", "fedavg", "zeropad", "flexlora", "ffa", "alternate")
 
 __all__ = ["STRATEGIES", "Options", "ServerState", "Strategy", "build"]
 
@@ -25,7 +26,7 @@ class Options:
         rank_cap: For `recompress`.
         weighting: See `base.client_weights`.
         learning_rate: The server's eta, for the exact strategies.
-        seed: Of the common start of `fedavg` and `zeropad`.
+        seed: Of the common start of the strategies that have one.
     """
 
     rank: Mapping[str, int]
@@ -50,6 +51,7 @@ def build(name: str, options: Options) -> Strategy:
         ConfigError: If the name is unknown, or the strategy cannot use an option.
     """
     rule = Rule(options.rank_cap, options.weighting, options.learning_rate)
+    nested = Nested(options.rank, options.scale, options.seed, options.weighting, options.learning_rate)
     shared = Shared(options.rank, options.scale, options.seed, options.weighting)
     if name in ("fedavg", "zeropad", "flexlora") and options.learning_rate != 1.0:
         raise ConfigError(f"aggregation.learning_rate={options.learning_rate}: {name} has none. Use an exact strategy.")
@@ -66,4 +68,8 @@ def build(name: str, options: Options) -> Strategy:
             return zeropad(shared)
         case "flexlora":
             return flexlora(options.weighting)
+        case "ffa":
+            return ffa(nested)
+        case "alternate":
+            return alternate(nested)
     raise ConfigError(f"strategy.name={name}: expected one of {', '.join(STRATEGIES)}.{nearest(name, STRATEGIES)}")

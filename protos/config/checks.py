@@ -13,11 +13,13 @@ from lamina.protos.errors import ConfigError, nearest
 FORMATS = ("fp32", "bf16", "nf4", "int8", "mixed", "int8wo", "fp8wo")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 _EXACT = ("recompress", "residual", "stack")
+# Clients find their factors in the same coordinates in every round.
+_STABLE = ("fedavg", "zeropad", "ffa")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "task": ("causal-lm", "sequence-classification"),
-    "strategy.name": ("recompress", "residual", "stack", "fedavg", "zeropad", "flexlora"),
+    "strategy.name": ("recompress", "residual", "stack", "fedavg", "zeropad", "flexlora", "ffa", "alternate"),
     "partition.kind": ("natural", "dirichlet", "iid", "shards"),
     "train.schedule": ("constant", "cosine"),
     "train.precision": ("auto", "fp32", "bf16"),
@@ -160,10 +162,16 @@ def _check_together(config: Config) -> None:
     _check_allocation(config)
     if not config.client.coordinator:  # else the batch is the run's, which the site learns from the terms
         check_micro_batch(config)
-    if config.train.keep_optimizer and config.strategy.name not in ("fedavg", "zeropad"):
+    if config.train.keep_optimizer and config.strategy.name not in _STABLE:
+        why = "trains another factor" if config.strategy.name == "alternate" else "factorises anew"
         raise ConfigError(
-            f"train.keep_optimizer=true: {config.strategy.name} factorises anew each round, so the kept moments would "
-            "belong to other coordinates. Set train.keep_optimizer=false, or strategy=fedavg or zeropad."
+            f"train.keep_optimizer=true: {config.strategy.name} {why} each round, so the kept moments would "
+            f"belong to other coordinates. Set train.keep_optimizer=false, or strategy to one of {', '.join(_STABLE)}."
+        )
+    if config.strategy.name == "alternate" and clients.carry_rounds:
+        raise ConfigError(
+            f"clients.carry_rounds={clients.carry_rounds}: expected 0 with strategy=alternate, whose next round trains the "
+            "other factor: a straggler's change would meet one that it was not trained with. Set it to 0, or strategy=ffa."
         )
     if config.train.keep_optimizer and config.train.optimizer not in ("auto", "adamw"):
         raise ConfigError(

@@ -63,7 +63,7 @@ class ModelConfig:
 class StrategyConfig:
     """The aggregation method."""
 
-    name: str = _doc("recompress", "recompress, residual, stack, fedavg, zeropad or flexlora")
+    name: str = _doc("recompress", "recompress, residual, stack, ffa, alternate, fedavg, zeropad or flexlora")
 
 
 @dataclass
@@ -119,7 +119,7 @@ class TrainConfig:
     max_grad_norm: float = _doc(1.0, "gradient clipping of a step; 0 is off")
     proximal: float = _doc(0.0, "FedProx mu, on the distance of products from the release")
     keep_optimizer: bool = _doc(
-        False, "carry each client's optimizer over rounds; needs stable coordinates (fedavg, zeropad)"
+        False, "carry each client's optimizer over rounds; needs stable coordinates (ffa, fedavg, zeropad)"
     )
     precision: str = _doc("auto", "auto (bf16 autocast where the device has it, fp32 on a CPU), fp32 or bf16")
     device: str = _doc("auto", "auto, cpu, cuda, mps, xpu")

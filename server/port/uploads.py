@@ -158,7 +158,7 @@ class Uploads(CoordinatorServicer):
         budget = run.roster.registered().get(caller.name)
         if budget is None:
             raise _Refused("wrong-client", "expected a client that is registered. Register again.", _OUT_OF_TURN)
-        cap = size_cap_bytes(run.campaign.spec, budget)
+        cap = size_cap_bytes(run.campaign.spec, budget, instruction.train)
         if not 0 < document["num_bytes"] <= cap:
             raise _Refused("too-large", f"expected 1 to {cap} bytes, got {document['num_bytes']}. Lower the rank.")
         return instruction

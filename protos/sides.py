@@ -1,0 +1,143 @@
+"""Adapters of which one factor travels: what they carry, and how both ends make them whole.
+
+Where a strategy trains one factor a round, an update holds that factor, and a part of a release one factor, too: the other has
+width 0, so that rank, scale and pairing by name stay as they are and nothing that did not move takes bytes. What neither part
+of a release holds has not moved since the start: B = 0, and rows of A that coordinator and clients each draw from the run's
+seed. The rows of a smaller rank are the first of a larger one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from lamina.protos import seeds
+from lamina.protos.adapter import EMPTY, Adapter, Array, Lazy, LoraFactors
+from lamina.protos.errors import AdapterMismatch
+
+Side = Literal["A", "B"]
+
+
+def start_rows(seed: int, module: str, rank: int, d_in: int) -> Array:
+    """The common first A: uniform on 255 steps of a power of two, within about +-1/sqrt(d_in) (Kaiming, as in peft).
+
+    Every wire format returns these numbers bit for bit, so that they may be sent back although they were never sent out: the
+    steps fit 8 bits, and the largest number of each row is moved to the last step, which is the scale of int8. They are made
+    from the raw bits of PCG64, which numpy keeps from version to version as it does not its distributions: two ends with
+    different rows would train in different coordinates.
+
+    Args:
+        seed: Of the run.
+        module: Whose.
+        rank: How many rows; those of a smaller rank are the first of these.
+        d_in: Their length.
+
+    Returns:
+        (rank, d_in), float32.
+    """
+    raw = np.asarray(seeds.stream(seed, "shared-rows", module).bit_generator.random_raw(rank * d_in), np.uint64)
+    steps = ((raw >> np.uint64(40)) * np.uint64(255) >> np.uint64(24)).astype(np.float64).reshape(rank, d_in) - 127
+    largest = (np.arange(rank), np.abs(steps).argmax(axis=1))
+    steps[largest] = np.where(steps[largest] < 0, -127.0, 127.0)
+    step = 2.0 ** round(math.log2(1 / (127 * math.sqrt(d_in))))
+    return (steps * step).astype(np.float32)
+
+
+def one_side(factors: LoraFactors, side: Side) -> LoraFactors:
+    """One of two factors, the other cut to width 0.
+
+    Args:
+        factors: Both.
+        side: Which stays.
+
+    Returns:
+        Views, not copies.
+    """
+    if side == "A":
+        return LoraFactors(factors.A, factors.B[:0], factors.scale)
+    return LoraFactors(factors.A[:, :0], factors.B, factors.scale)
+
+
+def side_of(adapter: Adapter, where: str) -> Side | None:
+    """Which factor an adapter holds.
+
+    Args:
+        adapter: Of one factor in every module.
+        where: Put before the message.
+
+    Returns:
+        The side, None where it has no module.
+
+    Raises:
+        AdapterMismatch: If a module has both factors or none, or modules differ.
+    """
+    found: set[tuple[bool, bool]] = {(f.A.shape[1] > 0, f.B.shape[0] > 0) for f in adapter.lora.values()}
+    if not found:
+        return None
+    if found == {(True, False)}:
+        return "A"
+    if found == {(False, True)}:
+        return "B"
+    raise AdapterMismatch(f"{where}: expected one factor, the same in every module, got both, none or different ones.")
+
+
+def whole(
+    parts: Sequence[Adapter | None],
+    ranks: Mapping[str, int],
+    scales: Mapping[str, float],
+    shapes: Mapping[str, tuple[int, int]],
+    seed: int,
+) -> Adapter:
+    """A release of one-sided parts as the client has it, both factors in every module that the client trains.
+
+    Args:
+        parts: What came, each of one side; the first part's dense parameters count.
+        ranks: Module -> rank that the client trains.
+        scales: Module -> its scale.
+        shapes: Module -> (d_out, d_in).
+        seed: Of the run, for what has not moved since the start.
+
+    Returns:
+        An adapter whose modules are read when they are asked for. Reading one raises AdapterMismatch where a part is of another
+        rank or scale, or both parts are of one side.
+    """
+    there = [part for part in parts if part is not None]
+
+    def factors(module: str) -> LoraFactors:
+        rank, scale, (d_out, d_in) = ranks[module], scales[module], shapes[module]
+        sides: dict[str, Array] = {}
+        for got in (part.lora[module] for part in there if module in part.lora):
+            side = "A" if got.A.shape[1] else "B"
+            if (got.rank, got.scale) != (rank, scale) or side in sides:
+                raise AdapterMismatch(
+                    f"{module}: expected each factor once, of rank {rank} and scale {scale:g}, got rank {got.rank} and scale "
+                    f"{got.scale:g} of lora_{side}."
+                )
+            sides[side] = got.A if side == "A" else got.B
+        rows = sides["A"] if "A" in sides else start_rows(seed, module, rank, d_in)
+        columns = sides["B"] if "B" in sides else np.zeros((d_out, rank), np.float32)
+        return LoraFactors(rows, columns, scale)
+
+    return Adapter(Lazy(dict.fromkeys(ranks), factors), (there[0] if there else EMPTY).dense)
+
+
+def filled(sent: Adapter, start: Adapter, side: Side) -> Adapter:
+    """What a client trained, from the one factor that it sent and the other that it started from.
+
+    Args:
+        sent: Of one side.
+        start: What its release was as the client had it, whole, of the same ranks.
+        side: The side that was trained.
+
+    Returns:
+        An adapter of both factors, whose modules are read when they are asked for.
+    """
+
+    def factors(module: str) -> LoraFactors:
+        got, other = sent.lora[module], start.lora[module]
+        return LoraFactors(got.A, other.B, got.scale) if side == "A" else LoraFactors(other.A, got.B, got.scale)
+
+    return Adapter(Lazy(dict.fromkeys(sent.lora), factors), sent.dense)
