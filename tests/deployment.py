@@ -37,6 +37,7 @@ from lamina.protos.config import Config
 from lamina.protos.link import Address
 from lamina.protos.logs import json_log
 from lamina.protos.messages import Budget, Instruction, Reply, Update
+from lamina.protos.sides import one_side, whole
 from lamina.protos.spec import AdapterSpec
 from lamina.protos.statements import budget_of
 from lamina.server import campaign as campaigns
@@ -84,8 +85,11 @@ def config_of(given: Sequence[str]) -> Config:
 
 def trained(name: str, seed: int, budget: Budget, schema: AdapterSpec, instruction: Instruction) -> Update:
     """What a site sends: its release, completed to its rank and moved a little; the same whenever it is asked the same."""
-    release = decode(instruction.release.read())
     rng = seeds.stream(seed, "synthetic", name, instruction.round)
+    release = decode(instruction.release.read())
+    if instruction.train in ("A", "B"):
+        parts = [release, None if instruction.frozen is None else decode(instruction.frozen.read())]
+        release = whole(parts, budget.train, budget.scale, schema.modules, seed)
     lora = {}
     for module, rank in budget.train.items():
         d_out, d_in = schema.modules[module]
@@ -95,6 +99,8 @@ def trained(name: str, seed: int, budget: Budget, schema: AdapterSpec, instructi
             rows[: got.rank] = rows[: got.rank] * 0.1 + got.A
             columns[:, : got.rank] += got.B
         lora[module] = LoraFactors(rows.astype(np.float32), columns.astype(np.float32), budget.scale[module])
+        if instruction.train in ("A", "B"):
+            lora[module] = one_side(lora[module], instruction.train)
     dense = {
         one: (release.dense.get(one, first) + rng.normal(size=first.shape) * 0.1).astype(np.float32)
         for one, first in schema.dense.items()

@@ -48,6 +48,8 @@ RUNS = {
     "recompress": ["strategy=recompress", "clients.dropout_rate=0.2", "seed=3", "wire.format=bf16"],
     "zeropad with kept moments": ["strategy=zeropad", "train.keep_optimizer=true", "train.proximal=0.1"],
     "residual in int8": ["strategy=residual", "wire.format=int8"],
+    "ffa with kept moments": ["strategy=ffa", "train.keep_optimizer=true", "clients.fraction=0.7", "wire.format=bf16"],
+    "alternate in int8": ["strategy=alternate", "wire.format=int8", "clients.join_round=[1,1,2]"],
 }
 
 

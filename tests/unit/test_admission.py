@@ -12,6 +12,7 @@ from lamina.protos.blobs import blob
 from lamina.protos.codec import encode_update
 from lamina.protos.errors import AdapterMismatch, UpdateRejected
 from lamina.protos.messages import Update
+from lamina.protos.sides import one_side, side_of
 from lamina.protos.spec import AdapterSpec, from_json
 from lamina.server.admission import MAX_EXAMPLES, Expected, admit, change_norm, size_cap_bytes
 from tests.federation import MODULES, SCALE, budget, spec
@@ -99,6 +100,73 @@ def test_the_norm_bound_is_inclusive() -> None:
 def test_the_size_cap_grows_with_the_budget_alone(rank: int) -> None:
     numbers = sum(rank * (d_out + d_in) for d_out, d_in in MODULES.values()) + 6
     assert 4 * numbers < size_cap_bytes(spec(), budget(rank)) < 4 * numbers + 2 * 1024**2
+
+
+# One factor -----------------------------------------------------------------------------------------------------------
+
+
+def of_side(side: str, one: Adapter) -> Adapter:
+    return Adapter({m: one_side(f, side) for m, f in one.lora.items()}, one.dense)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("train", ["A", "B"])
+def test_the_factor_that_was_asked_for_is_admitted_and_nothing_else(train: str) -> None:
+    start = adapter(seed=1)
+    wanted = replace(expected(start), train=train)  # type: ignore[arg-type]
+    got = admit(blob(encode_update(replace(update(), adapter=of_side(train, adapter())), "fp32")), wanted, set())
+    assert side_of(got.adapter, "") == train
+    other = "A" if train == "B" else "B"
+    for wrong in (adapter(), of_side(other, adapter())):
+        with pytest.raises(UpdateRejected) as caught:
+            admit(blob(encode_update(replace(update(), adapter=wrong), "fp32")), wanted, set())
+        assert caught.value.reason == "schema"
+    with pytest.raises(UpdateRejected) as caught:
+        admit(blob(encode_update(replace(update(), adapter=of_side(train, adapter())), "fp32")), expected(), set())
+    assert caught.value.reason == "schema"
+    with pytest.raises(UpdateRejected) as caught:
+        admit(blob(encode_update(replace(update(), adapter=of_side(train, adapter(3))), "fp32")), wanted, set())
+    assert caught.value.reason == "rank"
+
+
+@pytest.mark.parametrize("train", ["A", "B"])
+def test_the_norm_of_one_factors_change_is_that_of_the_product(train: str) -> None:
+    start, after = adapter(seed=1), adapter(seed=0)
+    sent = of_side(train, after)
+    whole = Adapter(
+        {
+            m: LoraFactors(f.A if train == "A" else start.lora[m].A, f.B if train == "B" else start.lora[m].B, f.scale)
+            for m, f in after.lora.items()
+        },
+        after.dense,
+    )
+    squared = sum(float(np.square(product(f) - product(start.lora[m])).sum()) for m, f in whole.lora.items())
+    squared += float(np.square(after.dense["head.weight"].astype(float) - start.dense["head.weight"]).sum())
+    payload = encode_update(replace(update(), adapter=sent), "fp32")
+    for share, passes in ((1.001, True), (0.999, False)):
+        wanted = replace(expected(start, max_norm=share * squared**0.5), train=train)  # type: ignore[arg-type]
+        if passes:
+            admit(blob(payload), wanted, set())
+            continue
+        with pytest.raises(UpdateRejected) as caught:
+            admit(blob(payload), wanted, set())
+        assert caught.value.reason == "norm"
+
+
+@pytest.mark.parametrize(("value", "reason"), [(np.nan, "non-finite"), (np.inf, "non-finite"), (1e7, "norm")])
+@pytest.mark.parametrize("train", ["A", "B"])
+def test_one_factor_is_looked_at_as_closely(train: str, value: float, reason: str) -> None:
+    sent = of_side(train, adapter())
+    next(iter(getattr(f, train) for f in sent.lora.values()))[0, 0] = value
+    wanted = replace(expected(adapter(seed=1)), train=train)  # type: ignore[arg-type]
+    with pytest.raises(UpdateRejected) as caught:
+        admit(blob(encode_update(replace(update(), adapter=sent), "fp32")), wanted, set())
+    assert caught.value.reason == reason
+
+
+def test_one_factor_has_a_cap_of_its_own() -> None:
+    both, rows, columns = (size_cap_bytes(spec(), budget(5), train) for train in ("AB", "A", "B"))  # type: ignore[arg-type]
+    assert both - columns == 4 * 5 * sum(d_in for _, d_in in MODULES.values())
+    assert both - rows == 4 * 5 * sum(d_out for d_out, _ in MODULES.values())
 
 
 # The spec -------------------------------------------------------------------------------------------------------------

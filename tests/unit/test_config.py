@@ -131,11 +131,32 @@ def test_fedavg_wants_one_rank_and_names_the_exact_strategy() -> None:
     checked(made)
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "zeropad"])
+@pytest.mark.parametrize("strategy", ["fedavg", "zeropad", "ffa"])
 def test_optimizer_state_is_kept_where_coordinates_are_stable(strategy: str) -> None:
     made = with_value("train.keep_optimizer", True)
     made.strategy.name = strategy
     checked(made)
+
+
+def test_what_changes_its_factor_keeps_no_moments_and_no_stragglers() -> None:
+    made = with_value("train.keep_optimizer", True)
+    made.strategy.name = "alternate"
+    with pytest.raises(ConfigError, match="alternate trains another factor"):
+        checked(made)
+    made = with_value("clients.carry_rounds", 1)
+    made.strategy.name = "alternate"
+    with pytest.raises(ConfigError, match="strategy=ffa"):
+        checked(made)
+    made.strategy.name = "ffa"
+    checked(made)
+
+
+@pytest.mark.parametrize("strategy", ["ffa", "alternate"])
+def test_importance_is_for_strategies_that_train_both_factors(strategy: str) -> None:
+    made = with_value("lora.allocation", "importance")
+    made.strategy.name = strategy
+    with pytest.raises(ConfigError, match="allocation=importance"):
+        checked(made)
 
 
 def test_messages_and_prompts_exclude_each_other() -> None:
