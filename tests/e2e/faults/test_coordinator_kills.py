@@ -57,7 +57,7 @@ HELD = (
 )  # fmt: skip
 # The port is open for some seconds before anyone is asked: who goes on where he was comes too early, and tries again.
 SLOW_TO_ASK = Point("lamina.server.port.mailbox:Mailbox.offer", "slow")
-KILLED: dict[str, tuple[str, ...]] = {"recompress": tuple(POINTS), "residual": HELD, "stack": HELD}
+KILLED: dict[str, tuple[str, ...]] = {"recompress": tuple(POINTS), "residual": HELD, "stack": HELD, "alternate": HELD}
 
 
 def killed_once(folder: Path, strategy: str, point: Point) -> None:
@@ -70,7 +70,7 @@ def killed_once(folder: Path, strategy: str, point: Point) -> None:
         it.undisturbed()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", list(KILLED))
 def test_killed_once(tmp_path: Path, strategy: str) -> None:
     at_once(
         {
