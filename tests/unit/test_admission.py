@@ -164,7 +164,7 @@ def test_one_factor_is_looked_at_as_closely(train: str, value: float, reason: st
 
 
 def test_one_factor_has_a_cap_of_its_own() -> None:
-    both, rows, columns = (size_cap_bytes(spec(), budget(5), train) for train in ("AB", "A", "B"))  # type: ignore[arg-type]
+    both, rows, columns = (size_cap_bytes(spec(), budget(5), train) for train in ("AB", "A", "B"))
     assert both - columns == 4 * 5 * sum(d_in for _, d_in in MODULES.values())
     assert both - rows == 4 * 5 * sum(d_out for d_out, _ in MODULES.values())
 
