@@ -72,6 +72,20 @@ def test_a_site_may_train_less_than_it_is_offered_in_every_layer(tmp_path: Path)
     assert same_bits(deployment.final(running.path), deployment.fault_free(words, expected))
 
 
+@pytest.mark.parametrize("strategy", ["ffa", "alternate"])
+def test_slots_that_no_site_trains_stay_empty(tmp_path: Path, strategy: str) -> None:
+    """Strategies with common slots keep as many as are offered; the others are as if no more had been offered."""
+    words = words_of(tmp_path, f"strategy={strategy}")
+    running, _ = run(tmp_path, words, {"north": Wish(2), "south": Wish(ranks={UP: 2}), "west": Wish()})
+    least = deployment.fault_free(words, {"north": {Q: 2, UP: 2}, "south": {UP: 2}})
+    for module, factors in deployment.final(running.path).lora.items():
+        assert factors.rank == 4
+        assert least.lora[module].rank == 2
+        assert factors.A[:2].tobytes() == least.lora[module].A.tobytes()
+        assert factors.B[:, :2].tobytes() == least.lora[module].B.tobytes()
+        assert not factors.B[:, 2:].any()
+
+
 @pytest.mark.parametrize(
     ("allocation", "wish", "said"),
     [
