@@ -203,7 +203,8 @@ def plan(profile: Profile, shape: Shape, wanted: Wanted) -> Plan:
         ConfigError: If the device can train with none of the number formats that are allowed.
     """
     choices = choices_of(profile, wanted)
-    if not choices and profile.failed:
+    asked = wanted.formats or (wanted.only or ())[:1] or profile.failed
+    if not choices and set(asked) & set(profile.failed):
         raise ConfigError(
             f"plan: expected a number format that trains on {profile.kind}, but an earlier probe found that "
             f"{', '.join(profile.failed)} do not. `lamina plan probe=again` looks anew."
