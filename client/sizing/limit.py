@@ -79,6 +79,15 @@ def _watch(most: int, num_bytes: int) -> None:
         time.sleep(_LOOK_S)
 
 
+def _sweep(parent: Path) -> None:
+    """Remove the groups of processes that have ended and whose parents could not, as they were ended too."""
+    for folder in parent.glob("lamina-*"):
+        number = folder.name.removeprefix("lamina-")
+        if number.isdecimal() and not Path("/proc", number).exists():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 def _folders(pid: int) -> list[tuple[int, Path]]:
     """Version and folder of the groups that may be made for a process, below that of whoever asks."""
     found = []
@@ -92,6 +101,7 @@ def _folders(pid: int) -> list[tuple[int, Path]]:
 def _joined(pid: int, num_bytes: int) -> bool:
     """Whether a process is in a control group of its own with the limit; nothing is left if not."""
     for version, folder in _folders(pid):
+        _sweep(folder.parent)
         try:
             folder.mkdir()
         except OSError:

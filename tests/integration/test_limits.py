@@ -17,7 +17,7 @@ from lamina.client.hardware import Profile, groups, upward
 from lamina.client.loading import TINY
 from lamina.client.making import Wanted as Copy
 from lamina.client.making import make
-from lamina.client.sizing.limit import CONTROL_GROUP, DATA_LIMIT, release
+from lamina.client.sizing.limit import CONTROL_GROUP, DATA_LIMIT, _sweep, release
 from lamina.client.sizing.planner import Wanted, plan
 from lamina.client.sizing.probe import Trial, measure
 from lamina.client.sizing.shape import held_as, shape_of
@@ -83,6 +83,17 @@ BUDGETS = [
     ("6M", "full", 120), ("6M", "int8", 130), ("13M", "full", 160), ("13M", "nf4", 110),
     ("26M", "nf4", 130), ("26M", "nf4", 300), ("26M", "full", 420),
 ]  # fmt: skip
+
+
+def test_groups_whose_process_and_parent_were_killed_are_removed_by_the_next(tmp_path: Path) -> None:
+    (version, path), *_ = sorted(groups(MEMBERSHIP, "memory"))
+    folder = upward(MOUNT if version == 2 else MOUNT / "memory", path)[0] / "lamina-999999999"
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("no control group can be made here")
+    _sweep(folder.parent)
+    assert not folder.exists()
 
 
 @pytest.fixture(scope="module")
