@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from benchmarks.curves import Memory, all_of, read, work  # noqa: E402
 from lamina.protos.ranks import SPREAD, numbers  # noqa: E402
 
 SETTINGS = {"4": [4] * 10, "mixed": [32, 16, 8, 8, 4, 4, 2, 2, 2, 2]}
@@ -90,8 +89,6 @@ def configured(curve: Curve) -> Any:
 
 def measure(curve: Curve, prepared: dict[str, Any]) -> dict[str, Any]:
     """Run one curve: test loss after the first and the last round, tune loss at the end, and the bytes of it all."""
-    from quality import Memory
-
     from lamina.server import campaign as campaigns
     from lamina.server.rounds import Loop, run
     from lamina.simulations import engine
@@ -126,55 +123,6 @@ def measure(curve: Curve, prepared: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def work(curves: list[Curve]) -> None:
-    """Measure what is not on disk yet, in this process. A curve that diverges is recorded as such."""
-    import warnings
-
-    import torch
-
-    from lamina.client.model import quiet
-    from lamina.protos.errors import TrainingError
-    from lamina.simulations.prepare import prepare
-
-    warnings.simplefilter("ignore")
-    quiet()
-    torch.set_num_threads(1)
-    prepared: dict[str, Any] = {}
-    for curve in curves:
-        if curve.file.exists():
-            continue
-        if not prepared:
-            config = configured(curve)
-            prepared["test"] = prepare(config)
-            config.evaluate.split = "tune"
-            prepared["tune"] = prepare(config)
-        try:
-            result = measure(curve, prepared)
-        except TrainingError as error:
-            result = {"diverged": str(error), "test": None, "tune": None}
-        curve.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = curve.file.with_suffix(".partial")
-        partial.write_text(json.dumps(result))
-        partial.rename(curve.file)
-        print(f"{curve.file.stem}: tune {result['tune']} in {result.get('seconds', 0):.0f} s", flush=True)
-
-
-def all_of(curves: Iterable[Curve], workers: int) -> None:
-    """Measure curves in `workers` processes of one thread each."""
-    missing = [curve for curve in curves if not curve.file.exists()]
-    running = [
-        subprocess.Popen([sys.executable, __file__, "--work", *(curve.words for curve in missing[index::workers])])
-        for index in range(workers)
-        if missing[index::workers]
-    ]
-    if any(process.wait() for process in running):
-        raise SystemExit("a worker failed; run again to go on from the finished curves")
-
-
-def read(curve: Curve) -> dict[str, Any]:
-    return dict(json.loads(curve.file.read_text()))
-
-
 def chosen_rate(case: tuple[str, str, str, str]) -> float:
     """The rate with the lowest tune loss at seed 0, among those at which no seed measured so far diverged."""
     tuned = {}
@@ -191,13 +139,13 @@ def collect(
     """Everything that is to be reported, measured: case -> allocation -> a curve a seed."""
     if quick:
         found = {case: {name: [Curve(*case, name, QUICK_RATE, 0, True)] for name in ALLOCATIONS} for case in cases}
-        all_of((curve for some in found.values() for curves in some.values() for curve in curves), workers)
+        all_of(__file__, (curve for some in found.values() for curves in some.values() for curve in curves), workers)
         return found
     for case in cases:  # one after the other, so that the first are whole when time runs out
-        all_of((Curve(*case, name, rate, 0) for rate in RATES for name in ALLOCATIONS), workers)
+        all_of(__file__, (Curve(*case, name, rate, 0) for rate in RATES for name in ALLOCATIONS), workers)
         while True:
             curves = [Curve(*case, name, chosen_rate((*case, name)), seed) for name in ALLOCATIONS for seed in SEEDS]
-            all_of(curves, workers)
+            all_of(__file__, curves, workers)
             if all(read(curve)["test"] is not None for curve in curves):
                 break
     return {
@@ -292,7 +240,7 @@ def main() -> None:
     parser.add_argument("--work", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work([spoken(words) for words in options.work])
+        work((spoken(words) for words in options.work), configured, measure, "tune")
         return
     cases = [
         (setting, regime, strategy) for setting, regime, strategy in (c.split("-") for c in options.cases.split(","))

@@ -13,17 +13,16 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lamina.server.store.base import Store
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+
+from benchmarks.curves import Memory, all_of, read, work  # noqa: E402
 
 RANKS = [32, 16, 8, 8, 4, 4, 2, 2, 2, 2]
 REGIMES = {"2x60": (2, 60), "20x5": (20, 5)}
@@ -59,6 +58,10 @@ class Curve:
     def file(self) -> Path:
         folder = HERE / "cache" / ("quality-quick" if self.quick else "quality")
         return folder / f"{self.regime}-{self.method}-{self.rate:g}-{self.seed}.json"
+
+    @property
+    def words(self) -> str:
+        return f"{self.regime},{self.method},{self.rate!r},{self.seed},{int(self.quick)}"
 
 
 def configured(curve: Curve) -> Any:
@@ -125,65 +128,6 @@ def measure(curve: Curve, prepared: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class Memory(Store):
-    """A store that only remembers the records."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-
-    def announce(self, completed: Any) -> None:
-        self.records.append(dict(completed.record))
-
-
-def work(curves: list[Curve]) -> None:
-    """Measure what is not on disk yet, in this process. A curve that diverges is recorded as such."""
-    import warnings
-
-    import torch
-
-    from lamina.client.model import quiet
-    from lamina.protos.errors import TrainingError
-    from lamina.simulations.prepare import prepare
-
-    warnings.simplefilter("ignore")
-    quiet()
-    torch.set_num_threads(1)
-    prepared: dict[str, Any] = {}
-    for curve in curves:
-        if curve.file.exists():
-            continue
-        if not prepared:
-            config = configured(curve)
-            prepared["test"] = prepare(config)
-            config.evaluate.split = "tune"
-            prepared["tune"] = prepare(config)
-        try:
-            result = measure(curve, prepared)
-        except TrainingError as error:
-            result = {"diverged": str(error), "test": None, "tune": None}
-        curve.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = curve.file.with_suffix(".partial")
-        partial.write_text(json.dumps(result))
-        partial.rename(curve.file)
-        print(f"{curve.file.stem}: {result['test']} in {result.get('seconds', 0):.0f} s", flush=True)
-
-
-def all_of(curves: list[Curve], workers: int) -> None:
-    """Measure curves in `workers` processes of one thread each."""
-    missing = [curve for curve in curves if not curve.file.exists()]
-    shares = [missing[index::workers] for index in range(workers)]
-    running = []
-    for share in filter(None, shares):
-        words = [f"{c.regime},{c.method},{c.rate!r},{c.seed},{int(c.quick)}" for c in share]
-        running.append(subprocess.Popen([sys.executable, __file__, "--work", *words]))
-    if any(process.wait() for process in running):
-        raise SystemExit("a worker failed; run again to go on from the finished curves")
-
-
-def read(curve: Curve) -> dict[str, Any]:
-    return dict(json.loads(curve.file.read_text()))
-
-
 def chosen_rate(regime: str, method: str) -> float:
     """The rate with the lowest tune loss at seed 0, among those at which no seed measured so far diverged."""
     tuned = {}
@@ -207,13 +151,13 @@ def collect(quick: bool, workers: int, context_seeds: int) -> dict[str, dict[str
     pairs = [pair for pair in itertools.product(REGIMES, METHODS) if not (quick and pair[1] in CONTEXT)]
     if quick:
         curves = {pair: [Curve(*pair, QUICK_RATE, 0, True)] for pair in pairs}
-        all_of([curve for some in curves.values() for curve in some], workers)
+        all_of(__file__, [curve for some in curves.values() for curve in some], workers)
     else:
-        all_of([Curve(*pair, rate, 0) for rate in RATES for pair in pairs], workers)
+        all_of(__file__, [Curve(*pair, rate, 0) for rate in RATES for pair in pairs], workers)
         seeds = {method: SEEDS[:context_seeds] if method in CONTEXT else SEEDS for method in METHODS}
         while True:
             curves = {pair: [Curve(*pair, chosen_rate(*pair), seed) for seed in seeds[pair[1]]] for pair in pairs}
-            all_of([curve for some in curves.values() for curve in some], workers)
+            all_of(__file__, [curve for some in curves.values() for curve in some], workers)
             if all(read(curve)["test"] is not None for some in curves.values() for curve in some):
                 break
     losses: dict[str, dict[str, Any]] = {regime: {} for regime in REGIMES}
@@ -339,7 +283,10 @@ def main() -> None:
             [
                 Curve(r, m, float(rate), int(seed), q == "1")
                 for r, m, rate, seed, q in (w.split(",") for w in options.work)
-            ]
+            ],
+            configured,
+            measure,
+            "test",
         )
         return
     losses = collect(options.quick, options.workers, options.context_seeds)
