@@ -19,6 +19,7 @@ from lamina.protos.clock import Clock
 from lamina.protos.errors import IdentityError, LaminaError
 from lamina.protos.identity import Identity, check_in_force, sign, verified_peer, verify
 from lamina.protos.link import Address, Link, Refused, Unreachable
+from lamina.protos.messages import Wish
 
 VERSIONS = (st.PROTOCOL,)
 BACKOFF_S = (0.5, 15.0)
@@ -41,21 +42,6 @@ class Terms:
     def run_id(self) -> str:
         """Of the run."""
         return str(self.document["run_id"])
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a site registers for.
-
-    Attributes:
-        rank: Its nominal rank; None takes what is offered.
-        ranks: Module -> rank, where not that of the nominal one in every module.
-        format: Number format of its base, empty where that stays at the site.
-    """
-
-    rank: int | None = None
-    ranks: Mapping[str, int] | None = None
-    format: str = ""
 
 
 class Inbox:

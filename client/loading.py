@@ -189,7 +189,7 @@ def _with_format(options: BaseOptions, copy: copies.Manifest | None, device: tor
         number_format = "fp32"
     compute = options.compute
     if compute == "auto":
-        compute = formats.compute_of(copy, number_format, profile(device.type))
+        compute = formats.compute_of(copy.compute if copy else "", number_format, profile(device.type))
     formats.check(number_format, compute)
     return replace(options, format=number_format, compute=compute)
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lamina.client.listening import Wish
-from lamina.protos.messages import Instruction
+from lamina.protos.messages import Instruction, Wish
 from lamina.protos.spec import AdapterSpec
 
 

@@ -20,7 +20,6 @@ from lamina.client import resident
 from lamina.client.data import Example
 from lamina.client.evaluate import score
 from lamina.client.hardware import host_memory, profile, size
-from lamina.client.listening import Wish
 from lamina.client.loading import BaseOptions, check_length, load_base, load_tokenizer, resolved
 from lamina.client.model import Base, put
 from lamina.client.own import OwnExamples, own_examples
@@ -48,7 +47,7 @@ from lamina.protos.adapter import Adapter
 from lamina.protos.allocator import give_back
 from lamina.protos.config import Config, check_micro_batch
 from lamina.protos.errors import AdapterMismatch, CheckpointError, DataError, PolicyRefused
-from lamina.protos.messages import Instruction, Update
+from lamina.protos.messages import Instruction, Update, Wish
 from lamina.protos.ranks import uniform
 from lamina.protos.spec import AdapterSpec
 from lamina.protos.statements import budget_of

@@ -32,6 +32,21 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Wish:
+    """What a client registers for.
+
+    Attributes:
+        rank: Its nominal rank; None for what it is offered.
+        ranks: Module -> rank, where not that of the nominal one in every module.
+        format: Number format of its base, empty where it does not say.
+    """
+
+    rank: int | None = None
+    ranks: Mapping[str, int] | None = None
+    format: str = ""
+
+
+@dataclass(frozen=True)
 class Release:
     """What a client receives.
 

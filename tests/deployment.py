@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from lamina.client.agent import Agent
-from lamina.client.listening import Settings, Wish
+from lamina.client.listening import Settings
 from lamina.client.policy import Policy
 from lamina.client.work import Sized, Trained
 from lamina.protos import compose, seeds
@@ -36,7 +36,7 @@ from lamina.protos.codec import decode, encode_update
 from lamina.protos.config import Config
 from lamina.protos.link import Address
 from lamina.protos.logs import json_log
-from lamina.protos.messages import Budget, Instruction, Reply, Update
+from lamina.protos.messages import Budget, Instruction, Reply, Update, Wish
 from lamina.protos.sides import one_side, whole
 from lamina.protos.spec import AdapterSpec
 from lamina.protos.statements import budget_of

@@ -69,8 +69,7 @@ def main(command: str, words: Sequence[str]) -> int:
     if plain:
         raise ConfigError(f"lamina {command}: expected key=value, got {plain[0]!r}. See `lamina {command} --help`.")
     numbers = _numbers(settings)
-    if imagined:
-        what_if(imagined)
+    other = what_if(imagined) if imagined else None
     from lamina.client.model import quiet
     from lamina.client.sizing.planner import Wanted, document, plan
     from lamina.client.sizing.probed import probed, remembered
@@ -83,7 +82,7 @@ def main(command: str, words: Sequence[str]) -> int:
             f"max_length={numbers['max_length']}: expected at most {shape.positions}, what the positions of "
             f"model={settings['model']} reach."
         )
-    machine = what_if(imagined) if imagined else profile(settings["device"])
+    machine = other or profile(settings["device"])
     wanted = of_source(Wanted(**numbers), settings["model"], shape, machine)
     if not imagined:
         machine = remembered(machine, settings["model"])
@@ -117,8 +116,7 @@ def of_source(wanted: Wanted, source: str, shape: Shape, machine: Profile) -> Wa
     Raises:
         ConfigError: If a copy's manifest cannot be read.
     """
-    from lamina.client.loading import resolved
-    from lamina.client.quantised import copies, formats
+    from lamina.client.quantised import formats
     from lamina.client.sizing.shape import held_as
 
     held = held_as(source, shape)
@@ -126,7 +124,7 @@ def of_source(wanted: Wanted, source: str, shape: Shape, machine: Profile) -> Wa
         return replace(wanted, file_bytes=held.file_bytes, file_format=held.format)
     return replace(
         wanted,
-        only=(held.format, formats.compute_of(copies.read_manifest(resolved(source)), held.format, machine)),
+        only=(held.format, formats.compute_of(held.compute, held.format, machine)),
         module_formats=held.modules,
         compensation=max(wanted.compensation, held.compensation),
     )

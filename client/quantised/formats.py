@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from lamina.client.hardware import Profile
-from lamina.client.quantised.copies import Manifest
 from lamina.client.quantised.odd_rows import NF4_BLOCK
 from lamina.protos.config import FORMATS
 from lamina.protos.errors import ConfigError
@@ -100,19 +99,19 @@ def default_compute(number_format: str, profile: Profile) -> str:
     return next((compute for weights, compute in menu(profile).choices if weights == like), "fp32")
 
 
-def compute_of(copy: Manifest | None, number_format: str, profile: Profile) -> str:
+def compute_of(made_for: str, number_format: str, profile: Profile) -> str:
     """The compute format of a base where none was asked.
 
     Args:
-        copy: The manifest, where it is a quantised copy; it may have been made for another device.
+        made_for: The compute format of a quantised copy, which may have been made for another device; empty for no copy.
         number_format: One of `FORMATS`.
         profile: The device.
 
     Returns:
         `fp32`, `bf16` or `fp16`; of a mixed copy what its matrices in 16 bits were made for.
     """
-    if copy is not None and number_format == "mixed":
-        return copy.compute
+    if made_for and number_format == "mixed":
+        return made_for
     return default_compute(number_format, profile)
 
 

@@ -90,7 +90,7 @@ def wanted_of(config: Config, offer: Offer, spec: AdapterSpec, machine: Profile,
     if number_format != "auto":
         compute = config.quantisation.compute
         if compute == "auto":
-            compute = formats.compute_of(copy, number_format, machine)
+            compute = formats.compute_of(copy.compute if copy else "", number_format, machine)
         only = (number_format, compute)
     return Wanted(
         rank=own or offer.rank,

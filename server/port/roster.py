@@ -11,7 +11,7 @@ from lamina.protos.clock import Clock
 from lamina.protos.config import Config, client_names, per_client
 from lamina.protos.errors import ConfigError, LaminaError, QuorumNotReached
 from lamina.protos.identity import peer_of
-from lamina.protos.messages import Budget
+from lamina.protos.messages import Budget, Wish
 from lamina.protos.spec import AdapterSpec
 from lamina.server.campaign import budget
 from lamina.server.port.access import Access, Caller
@@ -42,21 +42,6 @@ class Seen:
     at: float
     round: int = 0
     step: int = 0
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a client wants to train, and on what.
-
-    Attributes:
-        rank: Its nominal rank; None for what it is offered.
-        ranks: Module -> rank, where not that of the nominal one in every module.
-        format: Number format of its base, empty where it does not say.
-    """
-
-    rank: int | None = None
-    ranks: Mapping[str, int] | None = None
-    format: str = ""
 
 
 class Roster:

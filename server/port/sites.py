@@ -14,9 +14,9 @@ from lamina.protos import coordinator_pb2 as pb
 from lamina.protos import statements as st
 from lamina.protos.config import FORMATS
 from lamina.protos.errors import ConfigError, shown
-from lamina.protos.messages import Instruction, Reply
+from lamina.protos.messages import Instruction, Reply, Wish
 from lamina.server.port.access import Caller, refuse
-from lamina.server.port.roster import Hasty, Wish
+from lamina.server.port.roster import Hasty
 from lamina.server.port.run import EARLY, Run, count, verifier
 from lamina.server.port.terms import terms
 from lamina.server.port.uploads import Uploads

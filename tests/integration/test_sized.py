@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lamina.client.listening import Wish
 from lamina.protos import ranks
+from lamina.protos.messages import Wish
 from lamina.server.store import run_directory
 from tests import deployment
 from tests.deployment import Synthetic
