@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamina.protos.codec import WireFormat
-from lamina.protos.config import Config, client_names, known_keys, per_client, value_of
+from lamina.protos.config import Config, client_names, known_keys, per_client, value_of, weighting_of
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import sha256
 from lamina.protos.messages import Budget
@@ -174,7 +174,7 @@ def campaign(config: Config, spec: AdapterSpec, found: Mapping[str, Budget], run
         rank=rank,
         scale=scales,
         rank_cap=config.aggregation.rank_cap or 2 * max(ranks) * _spread(config),
-        weighting=config.aggregation.weights,  # type: ignore[arg-type]
+        weighting=weighting_of(config),  # type: ignore[arg-type]
         learning_rate=config.aggregation.learning_rate,
         seed=config.seed,
     )
@@ -190,7 +190,7 @@ def campaign(config: Config, spec: AdapterSpec, found: Mapping[str, Budget], run
         over_selection=config.clients.over_selection,
         quorum=config.clients.quorum,
         wire=config.wire.format,  # type: ignore[arg-type]
-        weighting=config.aggregation.weights,
+        weighting=weighting_of(config),
         seed=config.seed,
         deadline_s=config.clients.deadline_s,
         carry_rounds=config.clients.carry_rounds,

@@ -7,7 +7,9 @@ from lamina.protos.config.checks import (
     checked,
     client_names,
     formats_of,
+    nominal_of,
     per_client,
+    weighting_of,
 )
 from lamina.protos.config.tree import (
     SHORTHANDS,
@@ -58,6 +60,8 @@ __all__ = [
     "client_names",
     "formats_of",
     "known_keys",
+    "nominal_of",
     "per_client",
     "value_of",
+    "weighting_of",
 ]

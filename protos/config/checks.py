@@ -24,7 +24,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "train.schedule": ("constant", "cosine"),
     "train.precision": ("auto", "fp32", "bf16"),
     "train.device": ("auto", "cpu", "cuda", "mps", "xpu"),
-    "aggregation.weights": ("num_examples", "uniform", "contributors"),
+    "aggregation.weights": ("auto", "num_examples", "nominal", "uniform", "contributors"),
     "wire.format": ("fp32", "bf16", "fp16", "int8"),
     "evaluate.split": ("test", "tune"),
     "data.loss_on": ("auto", "response", "all"),
@@ -33,7 +33,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "lora.allocation": ("uniform", "importance"),
     "train.optimizer": ("auto", *OPTIMIZERS),
     "quantisation.compute": ("auto", "fp32", "bf16", "fp16"),
-    "privacy.mode": ("none",),
+    "privacy.mode": ("none", "example-dp", "client-dp"),
     "privacy.unit": ("record", "user"),
 }
 
@@ -84,6 +84,11 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "data.generate": (0, 1000, True),
     "checkpoints": (1, math.inf, True),
     "threads": (0, 4096, True),
+    "privacy.epsilon": (0, 64, False),
+    "privacy.delta": (0, 0.5, False),
+    "privacy.noise_multiplier": (0, 1e5, False),
+    "privacy.clip_norm": (0, math.inf, False),
+    "privacy.user_rows": (1, 1_000_000, True),
     "seed": (0, 2**62, True),
 }
 
@@ -290,6 +295,39 @@ def _holdout(value: str) -> None:
         return  # a file
     if not 0 < share <= 0.4:
         raise ConfigError(f"data.holdout={value}: expected a share in (0, 0.4], or a file of test rows.")
+
+
+def weighting_of(config: Config) -> str:
+    """By what updates are weighted.
+
+    Args:
+        config: With privacy.mode and aggregation.weights.
+
+    Returns:
+        `num_examples` (under `nominal` the public number that a client declares), `uniform` or `contributors`.
+    """
+    chosen = config.aggregation.weights
+    if chosen == "auto":
+        chosen = {"example-dp": "nominal", "client-dp": "uniform"}.get(config.privacy.mode, "num_examples")
+    return "num_examples" if chosen == "nominal" else chosen
+
+
+def nominal_of(config: Config) -> list[int | None]:
+    """The public number of examples of each client of a simulation, in the order of `clients.ranks`.
+
+    Args:
+        config: With `privacy.nominal_examples`, one value, a list or none.
+
+    Returns:
+        A number a client, None where none is declared.
+
+    Raises:
+        ConfigError: If the list has another length, or an entry is no integer >= 1.
+    """
+    declared = config.privacy.nominal_examples
+    if declared is None:
+        return [None] * config.clients.count
+    return list(per_client(declared, config.clients.count, "privacy.nominal_examples"))
 
 
 def client_names(config: Config) -> list[str]:

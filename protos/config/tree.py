@@ -173,7 +173,11 @@ class AggregationConfig:
     rank_cap: int | None = _doc(
         None, "recompress keeps this many singular values; default: 2 x the largest client rank"
     )
-    weights: str = _doc("num_examples", "num_examples, uniform, or contributors (renormalised by layer)")
+    weights: str = _doc(
+        "auto",
+        "auto (num_examples; under example-dp nominal, under client-dp uniform), num_examples, nominal (by the public "
+        "privacy.nominal_examples), uniform, or contributors (by num_examples, renormalised by layer)",
+    )
     learning_rate: float = _doc(1.0, "server's step on the mean change")
     max_norm: float | None = _doc(
         None, "an update whose change, over all modules, has a larger norm is refused; default: 1e6 a module"
@@ -204,12 +208,25 @@ class EvaluateConfig:
 class PrivacyConfig:
     """Differential privacy."""
 
-    mode: str = _doc("none", "none")
-    epsilon: float | None = _doc(None, "budget")
-    delta: float | None = _doc(None, "the delta of (epsilon, delta)")
-    unit: str = _doc("record", "record or user")
+    mode: str = _doc(
+        "none",
+        "none, example-dp (each client adds noise to its own steps) or client-dp (a trusted coordinator adds it)",
+    )
+    epsilon: float | None = _doc(None, "budget of the whole campaign, for each client")
+    delta: float = _doc(1e-5, "the delta of (epsilon, delta); below 1 / nominal_examples")
+    unit: str = _doc(
+        "record", "example-dp: what one unit is, a record, or a user with all its records (data.user_column)"
+    )
+    noise_multiplier: float | None = _doc(None, "noise by hand, in units of the clipping norm; default: by epsilon")
+    clip_norm: float = _doc(1.0, "client-dp: largest L2 norm of a client's change (example-dp: train.max_grad_norm)")
+    user_rows: int = _doc(8, "unit=user: most rows of one user in a step")
     secagg: bool = _doc(False, "secure aggregation")
-    nominal_examples: int | None = _doc(None, "public number of examples that a site declares")
+    nominal_examples: Any = _doc(
+        None,
+        "public number of examples (unit=user: of users) that a site declares; in a simulation also one entry a client, "
+        "default: the silos' own numbers",
+    )
+    force: bool = _doc(False, "client-dp: run although the noise drowns the signal")
 
 
 @dataclass
