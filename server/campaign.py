@@ -12,9 +12,16 @@ from lamina.protos.config import Config, client_names, known_keys, per_client, v
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import sha256
 from lamina.protos.messages import Budget
+from lamina.protos.privacy.noise import Stream, secret
 from lamina.protos.ranks import SPREAD, check, ends_so, uniform
 from lamina.protos.spec import AdapterSpec
+from lamina.server import privacy
 from lamina.strategies import Options, Strategy, build
+
+
+def secret_streams(purpose: str, round_number: int) -> Stream:
+    """Randomness that nobody can foretell, whatever for."""
+    return secret()
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,8 @@ class Campaign:
         deadline_s: Longest wait for a round's replies, or None.
         carry_rounds: Rounds for which a straggler's update still counts; 0 drops it.
         max_norm: See `admission.Expected`.
+        plan: What client-dp is in the run, or None.
+        streams: Where the coordinator's private randomness comes from.
     """
 
     run_id: str
@@ -54,6 +63,8 @@ class Campaign:
     deadline_s: float | None = None
     carry_rounds: int = 0
     max_norm: float | None = None
+    plan: privacy.Plan | None = None
+    streams: privacy.Streams = secret_streams
 
     def present(self, round_number: int) -> Mapping[str, Budget]:
         """The clients that have joined by a round, where all were known before the run."""
@@ -153,7 +164,13 @@ def scale(config: Config, client_rank: int, rank: int) -> float:
     return float(config.lora.lora_alpha) / (rank**0.5 if config.lora.use_rslora else rank)
 
 
-def campaign(config: Config, spec: AdapterSpec, found: Mapping[str, Budget], run_id: str) -> Campaign:
+def campaign(
+    config: Config,
+    spec: AdapterSpec,
+    found: Mapping[str, Budget],
+    run_id: str,
+    streams: privacy.Streams = secret_streams,
+) -> Campaign:
     """The round loop's fixed values.
 
     Args:
@@ -161,9 +178,13 @@ def campaign(config: Config, spec: AdapterSpec, found: Mapping[str, Budget], run
         spec: The schema.
         found: Client id -> budget.
         run_id: The run's name.
+        streams: Where the coordinator's private randomness comes from; only a simulation's may be seeded.
 
     Returns:
         A campaign.
+
+    Raises:
+        ConfigError: If the strategy cannot use an option, or does not go with the privacy mode.
     """
     rank = {m: max((b.train.get(m, 0) for b in found.values()), default=0) for m in spec.modules}
     scales = {
@@ -178,11 +199,16 @@ def campaign(config: Config, spec: AdapterSpec, found: Mapping[str, Budget], run
         learning_rate=config.aggregation.learning_rate,
         seed=config.seed,
     )
+    strategy, plan = build(config.strategy.name, options), None
+    privacy.check(config, strategy)
+    if config.privacy.mode == "client-dp":
+        plan = privacy.planned(config, strategy, spec)
+        strategy = privacy.under(plan, strategy, streams)
     joins = per_client(config.clients.join_round, config.clients.count, "clients.join_round")
     return Campaign(
         run_id=run_id,
         spec=spec,
-        strategy=build(config.strategy.name, options),
+        strategy=strategy,
         budgets=found,
         joined=dict(zip(client_names(config), joins, strict=True)),
         rounds=config.rounds,
@@ -195,6 +221,8 @@ def campaign(config: Config, spec: AdapterSpec, found: Mapping[str, Budget], run
         deadline_s=config.clients.deadline_s,
         carry_rounds=config.clients.carry_rounds,
         max_norm=config.aggregation.max_norm,
+        plan=plan,
+        streams=streams,
     )
 
 

@@ -105,7 +105,7 @@ def run_round(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Comple
         _collect(loop, round_open, collected)
         collected.seconds = time.monotonic() - started
         collected.errors = errors.result()
-    if len(collected.updates) < loop.campaign.quorum:
+    if len(collected.updates) < _quorum(loop.campaign, round_open):
         loop.store.miss(number)
         reasons = ", ".join(sorted({r.reason for r in collected.rejections})) or "no reply"
         raise QuorumNotReached(
@@ -118,6 +118,11 @@ def run_round(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Comple
     completed = _step(loop.campaign, state, held, round_open, collected)
     loop.store.save(completed)
     return _announce(loop, completed, started)
+
+
+def _quorum(campaign: Campaign, round_open: Opened) -> int:
+    """Fewest updates for the round to count. Under client-dp who was drawn is enough: to draw again would be another sampling."""
+    return campaign.quorum if campaign.plan is None else min(campaign.quorum, len(round_open.sent))
 
 
 def _politely() -> None:
@@ -155,7 +160,7 @@ def _step(
         "epsilon": None,
     }
     now_held = dict(held) | {client: sent[client].instruction.version for client in collected.updates}
-    weights = client_weights(updates, campaign.weighting)
+    weights = client_weights(updates, campaign.weighting) if updates else {}
     return Completed(after, record, updates, releases, weights, now_held, announced=False)
 
 
@@ -193,8 +198,12 @@ def _open(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Opened:
         if number - one.instruction.round <= campaign.carry_rounds
     }
     pool = {c: b for c, b in (loop.present or campaign.present)(number).items() if c not in carried}
-    asked = selection.cohort(campaign.seed, number, pool, campaign.fraction * (1 + campaign.over_selection))
-    fewer = selection.size(len(pool), campaign.fraction)
+    if campaign.plan is not None and campaign.plan.central.sample_rate < 1:
+        asked = selection.sampled(campaign.streams("cohort", number), pool, campaign.plan.central.sample_rate)
+        fewer = len(asked)
+    else:
+        asked = selection.cohort(campaign.seed, number, pool, campaign.fraction * (1 + campaign.over_selection))
+        fewer = selection.size(len(pool), campaign.fraction)
     budgets = holding({client: pool[client] for client in asked}, loop.store.held(held))
     sent = released(campaign, loop.store.keep, state, budgets)
     return Opened(number, dict(sorted({**carried, **sent}.items())), fewer + len(carried))
@@ -203,7 +212,7 @@ def _open(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Opened:
 def _opened_again(loop: Loop, state: ServerState, held: Mapping[str, int], before: Opened) -> Opened:
     """A round that missed its quorum: who failed is asked again, and whoever has come since is asked too."""
     campaign, number = loop.campaign, before.round
-    pool = (loop.present or campaign.present)(number)
+    pool = (loop.present or campaign.present)(number) if campaign.plan is None else {}
     budgets = holding({c: b for c, b in pool.items() if c not in before.sent}, loop.store.held(held))
     sent = {**before.sent, **released(campaign, loop.store.keep, state, budgets)}
     return Opened(number, dict(sorted(sent.items())), max(before.wanted, campaign.quorum))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lamina.protos import seeds
+from lamina.protos.privacy.noise import Stream
 
 
 def size(present: int, fraction: float) -> int:
@@ -37,3 +38,18 @@ def cohort(seed: int, round_number: int, present: Iterable[str], fraction: float
         return []
     chosen = seeds.stream(seed, "cohort", round_number).choice(len(pool), size=size(len(pool), fraction), replace=False)
     return sorted(pool[index] for index in chosen)
+
+
+def sampled(stream: Stream, present: Iterable[str], rate: float) -> list[str]:
+    """Each client by a coin of its own, as the cost of client-dp is computed for.
+
+    Args:
+        stream: Of the coins, which nobody else may know.
+        present: Client ids, in any order.
+        rate: Chance of each.
+
+    Returns:
+        Client ids, sorted; perhaps none.
+    """
+    pool = sorted(present)
+    return [client for client, coin in zip(pool, stream.uniform(len(pool)), strict=True) if coin < rate]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from lamina.protos.adapter import Adapter
 from lamina.protos.config import Config, checked
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import write_json
+from lamina.protos.privacy.noise import seeded
 from lamina.server import campaign as campaigns
 from lamina.server.finish import Run, summarise, write_results
 from lamina.server.rounds import Loop
@@ -77,7 +79,15 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
     chosen = engine.chosen_ranks(config, prepared, watcher)
     fixed = engine.identity(config, prepared, chosen)
     found = campaigns.budgets(config, prepared.base.spec, chosen)
-    campaign = campaigns.campaign(config, prepared.base.spec, found, campaigns.run_id(fixed))
+    campaign = campaigns.campaign(
+        config,
+        prepared.base.spec,
+        found,
+        campaigns.run_id(fixed),
+        functools.partial(seeded, config.seed, "coordinator"),
+    )
+    if campaign.plan is not None:
+        watcher.say(campaign.plan.line())
     cohort = engine.cohort(config, prepared, found, watcher)
     resumed = _start(config, path, fixed, cohort)
     watcher.begin(config.rounds, prepared.names, resumed.state.round if resumed else 0)

@@ -14,7 +14,7 @@ import numpy as np
 
 from lamina.protos.adapter import EMPTY, Adapter
 from lamina.protos.errors import ConfigError
-from lamina.protos.messages import Budget, Release, Update
+from lamina.protos.messages import Budget, Release, Trainable, Update
 from lamina.protos.spec import AdapterSpec
 
 ReleasedView = Literal["own", "aggregate", "all_raw"]
@@ -79,6 +79,7 @@ class Strategy:
         exact: Whether the aggregate is G + eta * sum p_k D_k up to a reported certificate.
         equal_ranks: Whether all clients must have one rank and one scale.
         linear: Whether the server needs only sums of what is sent.
+        sides: The factors that are trained, round after round, and then from the start again.
         released_view: What a client sees of the others: its own, the aggregate, or every raw update.
         stable_coordinates: Whether a client finds its factors in the same coordinates next round.
     """
@@ -90,6 +91,7 @@ class Strategy:
     exact: bool
     equal_ranks: bool = False
     linear: bool = False
+    sides: tuple[Trainable, ...] = ("AB",)
     released_view: ReleasedView = "aggregate"
     stable_coordinates: bool = False
 

@@ -186,7 +186,7 @@ def ffa(nested: Nested) -> Strategy:
         _check(updates, releases, "ffa", state, "B")
         return _stepped(state, updates, releases, nested, "B")
 
-    return Strategy("ffa", init, release, step, exact=True, linear=True, stable_coordinates=True)
+    return Strategy("ffa", init, release, step, exact=True, linear=True, sides=("B",), stable_coordinates=True)
 
 
 def alternate(nested: Nested) -> Strategy:
@@ -223,7 +223,7 @@ def alternate(nested: Nested) -> Strategy:
         after = _stepped(state, updates, releases, nested, side)
         return replace(after, optimizer={"before": Adapter({}, state.adapter.dense)})
 
-    return Strategy("alternate", init, release, step, exact=True, linear=True)
+    return Strategy("alternate", init, release, step, exact=True, linear=True, sides=("B", "A"))
 
 
 def _turn(state: ServerState) -> Side:

@@ -76,6 +76,7 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "train.proximal": (0, math.inf, True),
     "lora.lora_alpha": (0, math.inf, False),
     "aggregation.rank_cap": (1, math.inf, True),
+    "aggregation.full_weight": (1, math.inf, True),
     "aggregation.learning_rate": (0, math.inf, False),
     "aggregation.max_norm": (0, math.inf, False),
     "evaluate.every": (1, math.inf, True),

@@ -178,6 +178,9 @@ class AggregationConfig:
         "auto (num_examples; under example-dp nominal, under client-dp uniform), num_examples, nominal (by the public "
         "privacy.nominal_examples), uniform, or contributors (by num_examples, renormalised by layer)",
     )
+    full_weight: int | None = _doc(
+        None, "examples at which a client has full weight, where weights are capped; below it has less"
+    )
     learning_rate: float = _doc(1.0, "server's step on the mean change")
     max_norm: float | None = _doc(
         None, "an update whose change, over all modules, has a larger norm is refused; default: 1e6 a module"
