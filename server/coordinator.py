@@ -97,6 +97,8 @@ def _serve(config: Config, path: Path, log: Log, clock: Clock, ready: Callable[[
     run = opened.run
     server, number, _ = listen(run, opened.identity, log)
     log("listening", port=number, run_id=run.campaign.run_id, insecure=config.insecure or None, output=str(path))
+    if run.campaign.plan is not None:
+        log("privacy", message=run.campaign.plan.line())
     first = 1 + (opened.resumed.state.round if opened.resumed else 0)
     if first <= run.campaign.rounds and run.store.db.rows("SELECT 1 FROM rounds"):
         log("continues", round=first)

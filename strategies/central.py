@@ -92,7 +92,7 @@ def private(inner: Strategy, central: Central, streams: Callable[[int], Stream])
         stream = streams(state.round + 1)
         mean = {
             name: noised(value, central.noise_multiplier * central.clip_norm, stream) / central.denominator
-            for name, value in total.items()
+            for name, value in sorted(total.items())  # so that a restart gives every number its noise again
         }
         everybody = Update("", state.round + 1, "", "", _moved(state.adapter, mean, side), 1)
         after = inner.step(state, [everybody], {"": Release(state.round, state.adapter, train=side)}, rng)

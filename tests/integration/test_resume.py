@@ -49,8 +49,11 @@ RUNS = {
     "zeropad with kept moments": ["strategy=zeropad", "train.keep_optimizer=true", "train.proximal=0.1"],
     "residual in int8": ["strategy=residual", "wire.format=int8"],
     "ffa with kept moments": ["strategy=ffa", "train.keep_optimizer=true", "clients.fraction=0.7", "wire.format=bf16"],
+    "client-dp over sampled clients": [
+        "strategy=alternate", "privacy=client-dp", "privacy.epsilon=8", "privacy.force=true", "clients.fraction=0.4",
+    ],
     "alternate in int8": ["strategy=alternate", "wire.format=int8", "clients.join_round=[1,1,2]"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(RUNS))

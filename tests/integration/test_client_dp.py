@@ -1,0 +1,46 @@
+"""client-dp with a model: who is asked, what is charged, and that noise alone is a round, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lamina.protos.privacy import accounting
+from lamina.protos.privacy.events import from_json
+from tests.runs import Outcome, play, small
+
+PRIVATE = ("privacy=client-dp", "privacy.epsilon=8", "privacy.force=true", "rounds=4")
+
+# Nobody is drawn.
+ALONE = ("privacy=client-dp", "privacy.noise_multiplier=1", "privacy.force=true", "rounds=4", "clients.fraction=1e-4")
+
+
+def spent(outcome: Outcome) -> float:
+    events = [from_json(event, "history") for event in outcome.state.privacy_history]
+    assert [event.round for event in events] == [1, 2, 3, 4]
+    return accounting.epsilon(events, 1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["ffa", "alternate"])
+def test_a_campaign_costs_what_it_was_calibrated_for(llama: Path, notes: Path, strategy: str) -> None:
+    outcome = play(small(llama, notes, f"strategy={strategy}", *PRIVATE))
+    assert outcome.campaign.plan is not None
+    assert spent(outcome) == pytest.approx(outcome.campaign.plan.epsilon)
+    assert 7.9 < spent(outcome) <= 8
+
+
+def test_a_round_that_nobody_was_drawn_for_is_noise_and_is_charged(llama: Path, notes: Path) -> None:
+    outcome = play(small(llama, notes, "strategy=ffa", *ALONE))
+    assert all(not done.updates for done in outcome.rounds)
+    assert all(done.record["clients"] == [] for done in outcome.rounds)
+    first, second = outcome.rounds[0].state.adapter, outcome.rounds[1].state.adapter
+    assert any((first.lora[module].B != second.lora[module].B).all() for module in first.lora)
+    assert 0 < spent(outcome) < 0.1
+
+
+def test_two_runs_of_one_seed_have_different_noise_unless_they_are_simulated(llama: Path, notes: Path) -> None:
+    """`play` makes the campaign as a coordinator does, with nothing that seeds the noise."""
+    one, other = (play(small(llama, notes, "strategy=ffa", *ALONE)) for _ in range(2))
+    module = next(iter(one.state.adapter.lora))
+    assert (one.state.adapter.lora[module].B != other.state.adapter.lora[module].B).all()
