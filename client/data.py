@@ -6,7 +6,7 @@ No row is ever part of an error message: messages name the row's number and its 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,15 @@ class Example:
         tokens: (length,) int32.
         targets: (length,) bool; whether each token is predicted from those before it. The first never is.
         label: Class index, or -1 for causal-lm.
+        row: Number of the row that it is of: a long text gives several examples.
+        user: Whose row, by `data.user_column`; empty where there is none.
     """
 
     tokens: Ids
     targets: NDArray[np.bool_]
     label: int = -1
+    row: int = 0
+    user: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,20 @@ class Encoder:
             DataError: If a label is not in the list, or messages are malformed.
         """
         if self.task == "sequence-classification":
-            return self._labelled(rows)
-        if self.config.messages_column:
-            made = [self._chat(row[self.config.messages_column], number) for number, row in enumerate(rows, 1)]
+            made = [[example] for example in self._labelled(rows)]
+        elif self.config.messages_column:
+            made = [[self._chat(row[self.config.messages_column], number)] for number, row in enumerate(rows, 1)]
         elif self.config.prompt_column:
-            made = self._responses(rows)
+            made = [[example] for example in self._responses(rows)]
         else:
-            return self._windows(rows)
-        return [example for example in made if example.targets.any()]
+            made = self._windows(rows)
+        column = self.config.user_column
+        return [
+            replace(example, row=number, user=str(row.get(column, "")) if column else "")
+            for number, (row, some) in enumerate(zip(rows, made, strict=True))
+            for example in some
+            if example.label >= 0 or example.targets.any()
+        ]
 
     def _tokens(self, texts: Sequence[str], **how: Any) -> list[Ids]:
         """Some texts at a time, as a tokenizer's answer takes a hundred times the memory of its ids."""
@@ -88,14 +98,12 @@ class Encoder:
         end = self.tokenizer.eos_token_id
         return np.asarray([] if end is None else [int(end)], np.int32)
 
-    def _windows(self, rows: Sequence[Row]) -> list[Example]:
+    def _windows(self, rows: Sequence[Row]) -> list[list[Example]]:
         examples = []
         for ids in self._tokens([str(row[self.config.text_column]) for row in rows]):
             whole = np.concatenate([ids, self._end()])
-            for start in range(0, len(whole), self.max_length):
-                window = whole[start : start + self.max_length]
-                if len(window) >= 2:
-                    examples.append(_example(window, np.arange(len(window)) > 0))
+            windows = [whole[start : start + self.max_length] for start in range(0, len(whole), self.max_length)]
+            examples.append([_example(window, np.arange(len(window)) > 0) for window in windows if len(window) >= 2])
         return examples
 
     def _responses(self, rows: Sequence[Row]) -> list[Example]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,14 +26,22 @@ class Batch:
         tokens: (batch, length) int64.
         mask: (batch, length) int64, 0 on padding.
         targets: (batch, length) int64 with -100 where no loss falls, or labels (batch,).
+        weights: (batch,) float32, by which the loss of each row is multiplied, or None for 1.
     """
 
     tokens: torch.Tensor
     mask: torch.Tensor
     targets: torch.Tensor
+    weights: torch.Tensor | None = None
 
 
-def collate(examples: Sequence[Example], pad: int, device: torch.device, length: int = 0) -> Batch:
+def collate(
+    examples: Sequence[Example],
+    pad: int,
+    device: torch.device,
+    length: int = 0,
+    weights: Sequence[float] | None = None,
+) -> Batch:
     """Pad examples to the longest of them, or to a length.
 
     Args:
@@ -41,6 +49,7 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device, length:
         pad: Id of the padding token.
         device: Where to.
         length: Tokens; no less than the longest has.
+        weights: By which the loss of each example is multiplied; default: 1.
 
     Returns:
         A batch.
@@ -55,7 +64,10 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device, length:
         targets[row, :size] = np.where(example.targets, example.tokens, IGNORED)
     if examples[0].label >= 0:
         targets = np.array([example.label for example in examples], np.int64)
-    return Batch(*(torch.from_numpy(values).to(device) for values in (tokens, mask, targets)))
+    made = Batch(*(torch.from_numpy(values).to(device) for values in (tokens, mask, targets)))
+    if weights is None:
+        return made
+    return replace(made, weights=torch.tensor(weights, dtype=torch.float32, device=device))
 
 
 def pad_id(base: Base) -> int:
@@ -115,7 +127,7 @@ def loss_chunk_tokens(vocab: int) -> int:
 
 
 def losses(base: Base, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Summed negative log-likelihood of a batch, hits, and how many targets there are.
+    """Summed negative log-likelihood of a batch, each row's times its weight, hits, and how many targets there are.
 
     Args:
         base: With an adapter in its slots.
@@ -124,41 +136,64 @@ def losses(base: Base, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
     Returns:
         Sum in nats (float32 scalar with gradient), number of targets whose most likely value is right, number of targets.
     """
-    if batch.targets.dim() == 2 and base.split_head and batch.tokens.numel() > loss_chunk_tokens(base.vocab):
+    if batch.targets.dim() == 2 and _in_pieces(base, batch):
         return _losses_in_chunks(base, batch)
     logits = base.model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
     if batch.targets.dim() == 1:
-        scores, wanted = logits.float(), batch.targets
+        scores, wanted, weights = logits.float(), batch.targets, batch.weights
     else:
-        scores, wanted = logits[:, :-1].reshape(-1, logits.shape[-1]).float(), batch.targets[:, 1:].reshape(-1)
-        kept = wanted != IGNORED
-        scores, wanted = scores[kept], wanted[kept]
-    total, hits = _summed(scores, wanted)
+        wanted, kept, weights = _wanted(batch)
+        scores = logits[:, :-1].reshape(-1, logits.shape[-1]).float()[kept]
+    total, hits = _summed(scores, wanted, weights)
     return total, hits, int(wanted.numel())
 
 
-def _summed(scores: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    total = torch.nn.functional.cross_entropy(scores, wanted, reduction="sum")
-    return total, (scores.detach().argmax(-1) == wanted).sum()
+def _in_pieces(base: Base, batch: Batch) -> bool:
+    """Whether logits are formed a few at a time: where they are many, and their layer is not trained, as it sees no rows then."""
+    many = base.split_head and batch.tokens.numel() > loss_chunk_tokens(base.vocab)
+    return many and not any(one.requires_grad for one in head_of(base).parameters())
+
+
+def _wanted(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The targets of a batch, which of its tokens but the last have one, and the weight of each."""
+    wanted = batch.targets[:, 1:].reshape(-1)
+    kept = wanted != IGNORED
+    if batch.weights is None:
+        return wanted[kept], kept, None
+    each = batch.weights.unsqueeze(1).expand(-1, batch.targets.shape[1] - 1)
+    return wanted[kept], kept, each.reshape(-1)[kept]
+
+
+def _summed(
+    scores: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    hits = (scores.detach().argmax(-1) == wanted).sum()
+    if weights is None:
+        return torch.nn.functional.cross_entropy(scores, wanted, reduction="sum"), hits
+    return (torch.nn.functional.cross_entropy(scores, wanted, reduction="none") * weights).sum(), hits
 
 
 def _losses_in_chunks(base: Base, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The same with logits of a few tokens at a time, formed again for the gradient; only where there is a target."""
     states, head = last_state(base, batch.tokens, batch.mask), head_of(base)
-    wanted = batch.targets[:, 1:].reshape(-1)
-    kept = wanted != IGNORED
-    states, wanted = states[:, :-1].reshape(-1, states.shape[-1])[kept], wanted[kept]
+    wanted, kept, weights = _wanted(batch)
+    states = states[:, :-1].reshape(-1, states.shape[-1])[kept]
 
-    def scored(some: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _summed(head(some).float(), targets)
+    def scored(
+        some: torch.Tensor, targets: torch.Tensor, each: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _summed(head(some).float(), targets, each)
 
     size = loss_chunk_tokens(base.vocab)
     total = states.new_zeros((), dtype=torch.float32)
     hits = torch.zeros((), dtype=torch.int64, device=states.device)
     for start in range(0, wanted.numel(), size):
-        some, targets = states[start : start + size], wanted[start : start + size]
+        piece = slice(start, start + size)
+        some, targets, each = states[piece], wanted[piece], None if weights is None else weights[piece]
         nats, right = (
-            checkpoint(scored, some, targets, use_reentrant=False) if some.requires_grad else scored(some, targets)
+            checkpoint(scored, some, targets, each, use_reentrant=False)
+            if some.requires_grad
+            else scored(some, targets, each)
         )
         total, hits = total + nats, hits + right
     return total, hits, int(wanted.numel())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamina.client.data import Encoder, Example, examples_of
-from lamina.client.rows import check_columns, load_rows, text_columns
+from lamina.client.rows import check_columns, columns_of, load_rows
 from lamina.client.split import parts
 from lamina.protos.config import Config
 from lamina.protos.errors import DataError
@@ -40,10 +40,10 @@ def own_examples(config: Config, labels: tuple[str, ...], tokenizer: Any) -> Own
     Raises:
         DataError: If there are too few rows, or no examples.
     """
-    data, columns = config.data, text_columns(config.data, config.task)
+    data = config.data
     rows = load_rows(data.source, data)
-    check_columns(rows, columns, f"data.source={data.source}")
-    train, tune, test = parts(rows, data, config.task)
+    check_columns(rows, columns_of(config), f"data.source={data.source}")
+    train, tune, test = parts(rows, data, config.task, config.privacy.mode == "example-dp")
     if len(train) < config.partition.min_examples:
         raise DataError(
             f"data.source={data.source}: expected at least {config.partition.min_examples} training rows, got {len(train)}."

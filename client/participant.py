@@ -15,7 +15,8 @@ from lamina.client import frozen as frozen_part
 from lamina.client.data import Example
 from lamina.client.frozen import Frozen
 from lamina.client.model import Base, put, take
-from lamina.client.train import Task, completed, train
+from lamina.client.private.train import Private, train_privately
+from lamina.client.train import Optimizer, Task, completed, train
 from lamina.protos import seeds
 from lamina.protos.adapter import EMPTY, Adapter, is_finite
 from lamina.protos.blobs import blob
@@ -23,6 +24,7 @@ from lamina.protos.codec import WireFormat, encode_update, loaded, opened
 from lamina.protos.config import TrainConfig
 from lamina.protos.errors import AdapterMismatch, TrainingError
 from lamina.protos.messages import Budget, Instruction, Reply, Update
+from lamina.protos.privacy.accounting import epsilon
 from lamina.protos.sides import one_side, side_of, whole
 
 
@@ -53,6 +55,7 @@ class Site:
         rounds: Of the campaign, for the schedule.
         wire: Number format of its updates.
         seed: Of the run.
+        private: What makes its training private under example-dp, or None.
     """
 
     client_id: str
@@ -62,6 +65,7 @@ class Site:
     rounds: int
     wire: WireFormat
     seed: int
+    private: Private | None = None
 
 
 Progress = Callable[[int, float], None]
@@ -105,7 +109,7 @@ def respond(
     del release
     if site.train.proximal == 0:
         start = EMPTY  # it is in the slots; nothing else of it is held while memory is at its peak
-    metrics, optimizer = train(base, site.examples, task, start, state.optimizer or None, progress)
+    metrics, optimizer = _trained(site, base, task, start, state.optimizer or None, progress)
     adapter = take(base)
     if not is_finite(adapter):
         raise TrainingError(f"{where}: expected finite factors after training. Lower train.learning_rate.")
@@ -117,12 +121,14 @@ def respond(
         client_id=site.client_id,
         parent_release_hash=instruction.release_hash,
         adapter=adapter,
-        num_examples=len(site.examples),
+        num_examples=len(site.examples) if site.private is None else site.private.nominal,
         metrics=metrics,
+        privacy=None if site.private is None else _claimed(site.private, instruction.round),
     )
     told = leaving(update)
-    # The machine's memory is the site's own business, whatever a policy lists.
-    told = replace(told, metrics={name: value for name, value in told.metrics.items() if name != "peak_bytes"})
+    # The machine's memory is the site's own business, whatever a policy lists; and no figure has been through the noise.
+    own = told.metrics if site.private is not None else ("peak_bytes",)
+    told = replace(told, metrics={name: value for name, value in told.metrics.items() if name not in own})
     payload = encode_update(told, site.wire, seeds.stream(site.seed, "wire", site.client_id, instruction.round))
     after = ClientState(
         version=instruction.version,
@@ -130,6 +136,28 @@ def respond(
         optimizer=optimizer if site.train.keep_optimizer else {},
     )
     return Reply(site.client_id, blob(payload)), after
+
+
+def _trained(
+    site: Site, base: Base, task: Task, start: Adapter, kept: Optimizer | None, progress: Progress | None
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    if site.private is None:
+        return train(base, site.examples, task, start, kept, progress)
+    return train_privately(base, site.examples, task, site.private, start, kept, progress)
+
+
+def _claimed(private: Private, round_number: int) -> dict[str, float]:
+    """What the update says of its mechanism; nothing of it depends on data. Epsilon is that of training in every round so far."""
+    mechanism = private.mechanism
+    event = mechanism.event("", round_number)
+    return {
+        "noise_multiplier": event.noise_multiplier,
+        "sample_rate": event.sample_rate,
+        "steps": float(event.steps),
+        "clip": event.clip,
+        "delta": mechanism.target_delta,
+        "epsilon": epsilon([replace(event, steps=event.steps * round_number)], mechanism.target_delta),
+    }
 
 
 def received(

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lamina.protos.config import DataConfig
-from lamina.protos.errors import DataError
+from lamina.protos.config import Config, DataConfig
+from lamina.protos.errors import ConfigError, DataError
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".csv", ".parquet", ".txt")
@@ -220,3 +220,25 @@ def text_columns(config: DataConfig, task: str) -> list[str]:
     if config.prompt_column:
         return [config.prompt_column, config.response_column]
     return [config.text_column]
+
+
+def columns_of(config: Config) -> list[str]:
+    """The columns that every row must have: those of `text_columns`, and where users are protected, theirs.
+
+    Args:
+        config: Data, task and privacy settings.
+
+    Returns:
+        Column names.
+
+    Raises:
+        ConfigError: If users are protected and no column names them.
+    """
+    found = text_columns(config.data, config.task)
+    if config.privacy.mode != "example-dp" or config.privacy.unit != "user":
+        return found
+    if not config.data.user_column:
+        raise ConfigError(
+            "privacy.unit=user: expected data.user_column, the column that says whose a row is. Set it, or privacy.unit=record."
+        )
+    return [*found, config.data.user_column]

@@ -112,13 +112,13 @@ def train(
     if config.checkpointing is not None:
         set_checkpointing(base, config.checkpointing)
     parameters = trainable_parameters(base)
-    optimizer = _optimizer(config, list(parameters.values()))
+    optimizer = optimizer_of(config, list(parameters.values()))
     if kept:
-        _restore(optimizer, parameters, kept)
+        restore(optimizer, parameters, kept)
     torch.manual_seed(seeds.integer(task.seed, "dropout", task.client_id, task.round))
     stream = batches(examples, config.batch_size, seeds.stream(task.seed, "batches", task.client_id, task.round))
     first, step_losses, tokens = (task.round - 1) * config.local_steps, [], 0
-    anchor = _anchor(start, base) if config.proximal > 0 else {}
+    anchor = anchored(start, base) if config.proximal > 0 else {}
     with training_mode(base):
         for step in range(config.local_steps):
             for group in optimizer.param_groups:
@@ -140,10 +140,22 @@ def train(
     }
     if peak := resident.peak(base.device.type):
         metrics["peak_bytes"] = float(peak)
-    return metrics, _saved(optimizer, parameters)
+    return metrics, saved(optimizer, parameters)
 
 
-def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def optimizer_of(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that a config names.
+
+    Args:
+        config: Name, weight decay.
+        parameters: What it moves.
+
+    Returns:
+        A fresh one.
+
+    Raises:
+        ConfigError: If its library is not installed.
+    """
     if config.optimizer in ("auto", "adamw"):
         return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     try:
@@ -188,7 +200,7 @@ def _step(
             "Lower train.learning_rate, or set train.max_grad_norm. Completed rounds are kept: resume from them."
         )
     if anchor:
-        (0.5 * task.config.proximal * _proximal(base, anchor)).backward()  # type: ignore[no-untyped-call]
+        (0.5 * task.config.proximal * proximal_term(base, anchor)).backward()  # type: ignore[no-untyped-call]
     return loss, count
 
 
@@ -214,7 +226,16 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
-def _anchor(start: Adapter, base: Base) -> dict[str, tuple[torch.Tensor, ...]]:
+def anchored(start: Adapter, base: Base) -> dict[str, tuple[torch.Tensor, ...]]:
+    """What the proximal term holds on to.
+
+    Args:
+        start: What training starts from.
+        base: For the device.
+
+    Returns:
+        Module -> (A, B), dense name -> (values,).
+    """
     anchor: dict[str, tuple[torch.Tensor, ...]] = {
         module: tuple(torch.tensor(values, device=base.device) for values in (f.A, f.B))
         for module, f in start.lora.items()
@@ -222,8 +243,16 @@ def _anchor(start: Adapter, base: Base) -> dict[str, tuple[torch.Tensor, ...]]:
     return anchor | {name: (torch.tensor(value, device=base.device),) for name, value in start.dense.items()}
 
 
-def _proximal(base: Base, anchor: Mapping[str, tuple[torch.Tensor, ...]]) -> torch.Tensor:
-    """Squared distance of products from the release, by r x r Gram matrices; independent of how a product is factored."""
+def proximal_term(base: Base, anchor: Mapping[str, tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """Squared distance of products from the release, by r x r Gram matrices; independent of how a product is factored.
+
+    Args:
+        base: With what is trained in its slots.
+        anchor: See `anchored`.
+
+    Returns:
+        A scalar with gradient.
+    """
     total = torch.zeros((), device=base.device)
     for name, then in anchor.items():
         if len(then) == 1:
@@ -236,7 +265,16 @@ def _proximal(base: Base, anchor: Mapping[str, tuple[torch.Tensor, ...]]) -> tor
     return total
 
 
-def _saved(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+def saved(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """An optimizer's state, as copies on the processor.
+
+    Args:
+        optimizer: Any.
+        parameters: By name.
+
+    Returns:
+        `<name>/<key>` -> tensor.
+    """
     saved = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -244,7 +282,14 @@ def _saved(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.P
     return saved
 
 
-def _restore(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], kept: Optimizer) -> None:
+def restore(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], kept: Optimizer) -> None:
+    """Take up what `saved` gave; state of another shape is left.
+
+    Args:
+        optimizer: A fresh one.
+        parameters: By name.
+        kept: Its earlier state.
+    """
     for name, parameter in parameters.items():
         state = {key.rsplit("/", 1)[1]: value.clone() for key, value in kept.items() if key.rsplit("/", 1)[0] == name}
         if state and state["exp_avg"].shape == parameter.shape:

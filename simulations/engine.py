@@ -28,6 +28,7 @@ from lamina.server.campaign import fixed_settings
 from lamina.server.channel import MemoryChannel
 from lamina.server.store.base import Completed, Evaluation
 from lamina.simulations.prepare import Prepared
+from lamina.simulations.private import mechanisms
 
 
 class Watcher(Protocol):
@@ -203,7 +204,11 @@ def cohort(config: Config, prepared: Prepared, found: Mapping[str, Budget], watc
 
     Returns:
         A cohort with nothing carried yet.
+
+    Raises:
+        ConfigError: If no private mechanism fits what a client declares.
     """
+    private = mechanisms(config, prepared.train, watcher.say)
     sites = {
         client: Site(
             client_id=client,
@@ -213,6 +218,7 @@ def cohort(config: Config, prepared: Prepared, found: Mapping[str, Budget], watc
             rounds=config.rounds,
             wire=config.wire.format,  # type: ignore[arg-type]
             seed=config.seed,
+            private=private.get(client),
         )
         for client, budget in found.items()
     }

@@ -50,15 +50,16 @@ def deal(rows: Sequence[Row], test_rows: Sequence[Row] | None, config: Config) -
         DataError: If a silo is empty or too small.
     """
     column, known_by = class_column(rows, config), _known_by(config)
+    each_alone = config.privacy.mode == "example-dp"
     names, parts = _partition(rows, column, config)
     tests = None if test_rows is None else _partition_test(test_rows, rows, parts, column, config)
     silos = []
     for index, (name, part) in enumerate(zip(names, parts, strict=True)):
         mine = [rows[row] for row in part]
         if tests is None:
-            train, tune, test = split(mine, float(config.data.holdout), known_by)
+            train, tune, test = split(mine, float(config.data.holdout), known_by, each_alone)
         else:
-            train, tune, rest = split(mine, 0.1, known_by)
+            train, tune, rest = split(mine, 0.1, known_by, each_alone)
             train, test = [*train, *rest], [test_rows[row] for row in tests[index]] if test_rows else []
         if len(train) < config.partition.min_examples or not test:
             raise DataError(
@@ -88,7 +89,8 @@ def class_column(rows: Sequence[Row], config: Config) -> str:
         return ""
     guesses = [named] if named else []
     if kind == "natural" and not named:
-        guesses = [config.data.user_column, SILO_COLUMN, FILE_COLUMN]
+        users = [] if config.privacy.unit == "user" else [config.data.user_column]  # else each silo would be one user
+        guesses = [*users, SILO_COLUMN, FILE_COLUMN]
     elif not named:
         guesses = [config.data.label_column, SILO_COLUMN, FILE_COLUMN]
     for guess in guesses:

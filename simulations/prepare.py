@@ -9,7 +9,7 @@ from typing import Any
 from lamina.client.data import Encoder, Example, examples_of
 from lamina.client.loading import BaseOptions, check_length, load_base
 from lamina.client.model import Base
-from lamina.client.rows import check_columns, load_rows, text_columns
+from lamina.client.rows import check_columns, columns_of, load_rows, text_columns
 from lamina.client.split import is_number
 from lamina.protos.config import Config, client_names, formats_of
 from lamina.protos.errors import ConfigError
@@ -54,10 +54,10 @@ def prepare(config: Config, say: Callable[[str], None] = lambda text: None) -> P
         ConfigError: If the base, the data or the partition cannot be had.
     """
     data, task = config.data, config.task
-    columns = text_columns(data, task)
+    columns, needed = text_columns(data, task), columns_of(config)
     say(f"reading {data.source}")
     rows = corpora.stdlib_rows() if data.source == "stdlib" else load_rows(data.source, data)
-    check_columns(rows, columns, f"data.source={data.source}")
+    check_columns(rows, needed, f"data.source={data.source}")
     test_rows = None
     if not is_number(data.holdout):
         test_rows = load_rows(data.holdout, data)

@@ -177,7 +177,7 @@ GAUGES: dict[str, Callable[[LoraFactors], LoraFactors]] = {
 
 def proximal(base: Base, here: Adapter, there: Adapter) -> float:
     put(base, here, None)
-    return float(module._proximal(base, module._anchor(there, base)).detach())
+    return float(module.proximal_term(base, module.anchored(there, base)).detach())
 
 
 def test_the_proximal_term_is_the_distance_of_products(base: Base) -> None:
