@@ -41,6 +41,7 @@ class Base:
         split_head: Whether logits are the output head on the body's last state and nothing else, so that they can be formed
             in pieces.
         frozen: What rides beside the trainable factors, by module.
+        tried: Ways to train whose gradients row by row have passed their self-test.
     """
 
     model: Any
@@ -52,6 +53,7 @@ class Base:
     dtype: torch.dtype = torch.float32
     split_head: bool = False
     frozen: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    tried: set[tuple[object, ...]] = field(default_factory=set)
 
     @property
     def vocab(self) -> int:

@@ -25,6 +25,7 @@ from lamina.client.model import Base, put
 from lamina.client.own import OwnExamples, own_examples
 from lamina.client.participant import ClientState, Site, received, respond
 from lamina.client.policy import Policy
+from lamina.client.private.deployed import private
 from lamina.client.quantised import copies, selftest
 from lamina.client.sizing.fitting import (
     Offer,
@@ -176,7 +177,10 @@ class SiteWorker:
             rounds=int(terms["rounds"]),
             wire=config.wire.format,  # type: ignore[arg-type]
             seed=config.seed,
+            private=private(config, int(terms["rounds"])),
         )
+        if site.private is not None:
+            self._say(f"privacy: {site.private.mechanism.line()}")
         self._run = _Run(config, site, examples.held_out)
         self._state = restored(state, version)
         self._shared = {} if self._state.frozen is None else {self._state.frozen.digest: self._state.frozen}
@@ -231,7 +235,7 @@ class SiteWorker:
 
     def _examples(self, config: Config, spec: AdapterSpec) -> OwnExamples:
         """The site's examples, made once for one length; before there is a base, so that a plan sees what they take."""
-        key = (config.task, spec.labels, str(config.data), config.train.max_length, config.evaluate.split)
+        key = (config.task, spec.labels, str(config.data), str(config.privacy), config.train.max_length, config.evaluate.split)
         if self._data is None or self._data[0] != key:
             self._say(f"reading {config.data.source}")
             tokenizer = load_tokenizer(resolved(config.model.source), config.model.revision)
@@ -324,6 +328,11 @@ class SiteWorker:
             Sums `nats`, `targets`, `hits`.
         """
         run, base = self._begun()
+        if run.config.privacy.mode != "none":
+            raise PolicyRefused(
+                f"evaluation: expected none under privacy.mode={run.config.privacy.mode}, got a request for figures on this site's "
+                "text, which no noise covers. Ask the coordinator not to ask for one."
+            )
         if not run.held_out:
             raise DataError(f"data.source={run.config.data.source}: expected rows to hold out, got too few.")
         release, beside = received(run.site, base, self._state, instruction, dict(self._shared))

@@ -141,7 +141,7 @@ def _run(opened: Opened, log: Log, metrics: Metrics, started: float, leave: thre
         store=store,
         roster=run.roster,
         mailbox=run.mailbox,
-        every=config.evaluate.every,
+        every=config.evaluate.every if config.privacy.mode == "none" else None,
         classes=config.task == "sequence-classification",
         heartbeat_s=config.wire.heartbeat_s,
         deadline_s=config.evaluate.deadline_s,

@@ -29,7 +29,7 @@ class Measuring:
         store: Where releases are kept.
         roster: Who is there.
         mailbox: To the clients.
-        every: Rounds between evaluations.
+        every: Rounds between evaluations; None for no evaluation, as under privacy, where clients' figures would leave it.
         classes: Whether accuracy is wanted.
         heartbeat_s: See `wire.heartbeat_s`.
         deadline_s: Longest wait.
@@ -42,7 +42,7 @@ class Measuring:
     store: DeploymentStore
     roster: Roster
     mailbox: Mailbox
-    every: int
+    every: int | None
     classes: bool
     heartbeat_s: float
     deadline_s: float
@@ -60,7 +60,7 @@ class Measuring:
         Returns:
             The figures, or None where the round is not evaluated or nobody answered.
         """
-        if state.round % self.every and state.round != self.campaign.rounds:
+        if self.every is None or (state.round % self.every and state.round != self.campaign.rounds):
             return None
         patience = _MISSED_HEARTBEATS * self.heartbeat_s
         self._await_return(patience)

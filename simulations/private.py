@@ -10,7 +10,7 @@ from lamina.client.private.sampling import units_of
 from lamina.client.private.train import Private
 from lamina.protos.config import Config, client_names, nominal_of
 from lamina.protos.privacy.events import Unit
-from lamina.protos.privacy.mechanism import Mechanism, example_dp
+from lamina.protos.privacy.mechanism import example_dp
 from lamina.protos.privacy.noise import seeded
 
 
@@ -44,24 +44,8 @@ def mechanisms(
     for client, nominal in declared.items():
         mechanism = example_dp(config, nominal, f"client {client}: privacy.nominal_examples")
         found[client] = Private(mechanism, nominal or 0, partial(seeded, config.seed))
-    lines = {client: line(one.mechanism) for client, one in found.items()}
+    lines = {client: one.mechanism.line() for client, one in found.items()}
     for text in dict.fromkeys(lines.values()):
         those = [client for client, other in lines.items() if other == text]
         say(f"privacy: {'every client' if len(those) == len(lines) else 'client ' + ', '.join(those)}: {text}")
     return found
-
-
-def line(mechanism: Mechanism) -> str:
-    """A mechanism in words.
-
-    Args:
-        mechanism: Any.
-
-    Returns:
-        Unit, rate, noise and cost of the campaign.
-    """
-    return (
-        f"example-dp by {mechanism.unit}, sample rate {mechanism.sample_rate:.3g}, noise multiplier "
-        f"{mechanism.noise_multiplier:.3g}, {mechanism.rounds} x {mechanism.steps} steps: epsilon {mechanism.epsilon:.3g} at "
-        f"delta {mechanism.target_delta:.1g}"
-    )

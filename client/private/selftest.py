@@ -31,6 +31,22 @@ _DEQUANTISED = ("cpu", "xpu")
 _NEGLIGIBLE = 1e-2
 
 
+def check_once(base: Base, parameters: Mapping[str, Parameter], config: TrainConfig, where: str) -> None:
+    """`check`, unless the same parameters of this base have passed it in the same way.
+
+    Args:
+        base: See `check`.
+        parameters: See `check`.
+        config: See `check`.
+        where: See `check`.
+    """
+    again = any(getattr(module, "gradient_checkpointing", False) for module in base.model.modules())
+    way = (tuple(parameters), again, config.precision, bool(base.frozen))
+    if way not in base.tried:
+        check(base, parameters, config, where)
+        base.tried.add(way)
+
+
 def check(base: Base, parameters: Mapping[str, Parameter], config: TrainConfig, where: str) -> float:
     """Hold the gradients of two rows of a batch against those of each row by itself.
 

@@ -126,7 +126,7 @@ def tested(base: Base, parameters: Mapping[str, Parameter], task: Task) -> Itera
     Yields:
         Where the gradients go.
     """
-    selftest.check(base, parameters, task.config, f"client {task.client_id}, round {task.round}")
+    selftest.check_once(base, parameters, task.config, f"client {task.client_id}, round {task.round}")
     with clipper.attached(base.model, parameters) as sheet:
         yield sheet
 

@@ -48,6 +48,13 @@ class Mechanism:
             client_id, round_number, self.noise_multiplier, self.sample_rate, self.steps, self.max_grad_norm, self.unit
         )
 
+    def line(self) -> str:
+        """One line for people: unit, rate, noise and cost of the campaign."""
+        return (
+            f"example-dp by {self.unit}, sample rate {self.sample_rate:.3g}, noise multiplier {self.noise_multiplier:.3g}, "
+            f"{self.rounds} x {self.steps} steps: epsilon {self.epsilon:.3g} at delta {self.target_delta:.1g}"
+        )
+
 
 def example_dp(config: Config, nominal: int | None, where: str = "privacy.nominal_examples") -> Mechanism:
     """The mechanism of one client.
