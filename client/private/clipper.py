@@ -99,8 +99,8 @@ def check_unused(sheet: Sheet) -> None:
     for parameter, name in sheet.names.items():
         if parameter.grad is not None:
             raise ConfigError(
-                f"{name}: expected it to be used by its own layer alone, but another part of the model reads it as well (as "
-                "DoRA does, or tied embeddings), so that its gradient is not clipped. Leave it out of lora.target_modules."
+                f"{name}: expected it to be used by its own layer alone, but another part of the model reads it as well, so that "
+                "its gradient is not clipped. Leave it out of lora.target_modules."
             )
 
 
