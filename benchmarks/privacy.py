@@ -1,7 +1,7 @@
 """What privacy costs in time: a DP step beside a plain LoRA step and beside Opacus, and a secure sum of ten clients.
 
 The step: a LLaMA of hidden size 256 with 4 layers, LoRA of rank 16 on every linear layer, 16 rows of 128 tokens, one thread.
-Each arm is a whole optimizer step of AdamW on a model of its own: ours with clipping row by row and the deployment's noise, the
+Each arm takes whole optimizer steps of AdamW, four in a turn (a round), on a model of its own: ours with clipping row by row and the deployment's noise, the
 plain one as a client trains without privacy, and Opacus with hooks and with ghost clipping, with its own noise and the same loss
 by row. Arms take turns; a ratio is the median over turns of two arms' CPU time in one turn.
 
@@ -27,7 +27,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-ROWS, TOKENS, RANK = 16, 128, 16
+ROWS, TOKENS, RANK, STEPS = 16, 128, 16, 4
 CLIENTS, NUMBERS = 10, 10_000_000
 Step = Callable[[], None]
 
@@ -76,7 +76,7 @@ def examples() -> list[Any]:
 def settings() -> Any:
     from lamina.protos.config import TrainConfig
 
-    return TrainConfig(local_steps=1, batch_size=ROWS, max_length=TOKENS, learning_rate=1e-4, schedule="constant")
+    return TrainConfig(local_steps=STEPS, batch_size=ROWS, max_length=TOKENS, learning_rate=1e-4, schedule="constant")
 
 
 def plain(base: Any) -> Step:
@@ -95,10 +95,20 @@ def ours(base: Any) -> Step:
     from lamina.protos.privacy.noise import secret
 
     # A rate of 1, so that every step has the same rows as the other arms'.
-    mechanism = Mechanism("record", 1.0, float(ROWS), 1.0, 1.0, 1, 1, 0.0, 1e-5)
+    mechanism = Mechanism("record", 1.0, float(ROWS), 1.0, 1.0, STEPS, 1, 0.0, 1e-5)
     private = Private(mechanism, ROWS, lambda purpose, client, round_number: secret())
     some, task = examples(), Task("bench", 1, 1, 0, settings())
     return lambda: void(train_privately(base, some, task, private, EMPTY))
+
+
+def times_over(one: Step) -> Step:
+    """As many steps as a round of the other arms has."""
+
+    def several() -> None:
+        for _ in range(STEPS):
+            one()
+
+    return several
 
 
 def void(_: Any) -> None:
@@ -127,7 +137,7 @@ def opacus_hooks(base: Any) -> Step:
     )
     tokens, targets = rows_and_targets(base)
 
-    def step() -> None:
+    def one() -> None:
         optimizer.zero_grad(set_to_none=True)
         logits = module(input_ids=tokens, use_cache=False).logits[:, :-1].float()
         nats = torch.nn.functional.cross_entropy(
@@ -136,7 +146,7 @@ def opacus_hooks(base: Any) -> Step:
         (nats / targets.shape[1]).backward()  # rows of one length: the sum of their means
         optimizer.step()
 
-    return step
+    return times_over(one)
 
 
 def opacus_ghost(base: Any) -> Step:
@@ -160,14 +170,14 @@ def opacus_ghost(base: Any) -> Step:
     )
     tokens, targets = rows_and_targets(base)
 
-    def step() -> None:
+    def one() -> None:
         optimizer.zero_grad(set_to_none=True)
         logits = module(input_ids=tokens, use_cache=False).logits[:, :-1].float()
         loss = criterion(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), shape=logits.shape)
         loss.backward()
         optimizer.step()
 
-    return step
+    return times_over(one)
 
 
 ARMS: dict[str, Callable[[Any], Step]] = {
@@ -185,14 +195,13 @@ def step_times(turns: int) -> dict[str, list[float]]:
         steps = {name: arm(loaded(folder)) for name, arm in ARMS.items()}
     for step in steps.values():  # once, unmeasured
         step()
-        step()
     found: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     for turn in range(turns):
         for name in order if turn % 2 else reversed(order):
             began = time.process_time()
             steps[name]()
-            found[name].append(time.process_time() - began)
+            found[name].append((time.process_time() - began) / STEPS)
     return found
 
 
@@ -246,7 +255,7 @@ def main() -> None:
     from lamina.client.model import quiet
 
     quiet()
-    times = step_times(9 if options.quick else 31)
+    times = step_times(5 if options.quick else 15)
     figures: dict[str, Any] = {f"dp_step_vs_{name}": ratio(times, name) for name in times if name != "ours"}
     numbers = NUMBERS // 10 if options.quick else NUMBERS
     figures["secagg_client_s"], figures["secagg_server_s"] = secure_sum(numbers)

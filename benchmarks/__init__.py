@@ -1,0 +1,1 @@
+"""Timings and qualities that are measured, not tested."""
