@@ -145,7 +145,7 @@ def put(base: Base, adapter: Adapter, frozen: Frozen | None, trainable: bool = T
         adapter: What to train or evaluate.
         frozen: What rides beside it, or None.
         trainable: Whether gradients are wanted.
-        sides: Of which factors, where they are.
+        sides: Of which factors, or of the core, where they are.
     """
     base.frozen.clear()
     if frozen is not None:
@@ -157,6 +157,7 @@ def put(base: Base, adapter: Adapter, frozen: Frozen | None, trainable: bool = T
         layer = base.layer(module)
         for side, slot, values in (("A", layer.lora_A, rows), ("B", layer.lora_B, columns)):
             _fill(slot[SLOT], values, base.device, trainable and side in sides and values.size > 0)
+        _fill_core(layer.lora_B[SLOT], factors, base.device, trainable and sides == "core")
         layer.r[SLOT], layer.scaling[SLOT] = rows.shape[0], 1.0 if factors is None else factors.scale
         # A slot of rank 0 is skipped rather than multiplied through.
         layer._disable_adapters = rows.shape[0] == 0
@@ -178,6 +179,44 @@ def _fill(slot: Any, values: Array, device: torch.device, trainable: bool) -> No
         slot.weight = torch.nn.Parameter(tensor, requires_grad=trainable)
 
 
+def _fill_core(slot: Any, factors: LoraFactors | None, device: torch.device, trainable: bool) -> None:
+    """Put a core, or none, before the columns of a slot, as a linear layer of its own."""
+    values = None if factors is None else factors.core
+    if values is None:
+        slot.core = None
+        return
+    if core_of(slot) is None or slot.core.weight.shape != values.shape:
+        rank = values.shape[0]
+        slot.core = torch.nn.utils.skip_init(torch.nn.Linear, rank, rank, bias=False, device=device)
+    _fill(slot.core, values, device, trainable)
+
+
+def core_of(slot: Any) -> torch.nn.Linear | None:
+    """The core before the columns of a slot.
+
+    Args:
+        slot: `layer.lora_B[SLOT]`.
+
+    Returns:
+        A linear layer from r to r without bias, or None.
+    """
+    return getattr(slot, "core", None)
+
+
+def through_core(slot: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    """A forward pre-hook of a slot's columns: what the rows gave goes through the core first, where there is one.
+
+    Args:
+        slot: `layer.lora_B[SLOT]`.
+        inputs: (..., r).
+
+    Returns:
+        What the columns are applied to, or None for the inputs.
+    """
+    core = core_of(slot)
+    return None if core is None else (core(inputs[0]),)
+
+
 def take(base: Base) -> Adapter:
     """The adapter in the slots, as float32 copies.
 
@@ -192,7 +231,9 @@ def take(base: Base) -> Adapter:
         layer = base.layer(module)
         if layer.r[SLOT] > 0:
             rows, columns = _numpy(layer.lora_A[SLOT].weight), _numpy(layer.lora_B[SLOT].weight)
-            lora[module] = LoraFactors(rows, columns, float(layer.scaling[SLOT]))
+            between = core_of(layer.lora_B[SLOT])
+            core = None if between is None else _numpy(between.weight)
+            lora[module] = LoraFactors(rows, columns, float(layer.scaling[SLOT]), core)
     return Adapter(lora, {name: _numpy(base.parameter(name)) for name in base.spec.dense})
 
 
@@ -207,14 +248,15 @@ def trainable_parameters(base: Base) -> dict[str, torch.nn.Parameter]:
         base: The base.
 
     Returns:
-        `<module>.lora_A`, `<module>.lora_B` and dense names.
+        `<module>.lora_A`, `<module>.lora_B`, `<module>.lora_core` and dense names.
     """
     found: dict[str, torch.nn.Parameter] = {}
     for module in base.spec.modules:
         layer = base.layer(module)
-        for name, slot in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            if slot[SLOT].weight.requires_grad:
-                found[f"{module}.{name}"] = slot[SLOT].weight
+        columns = layer.lora_B[SLOT]
+        for name, slot in (("lora_A", layer.lora_A[SLOT]), ("lora_B", columns), ("lora_core", core_of(columns))):
+            if slot is not None and slot.weight.requires_grad:
+                found[f"{module}.{name}"] = slot.weight
     for name in base.spec.dense:
         if base.parameter(name).requires_grad:
             found[name] = base.parameter(name)

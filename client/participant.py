@@ -25,7 +25,7 @@ from lamina.protos.config import TrainConfig
 from lamina.protos.errors import AdapterMismatch, TrainingError
 from lamina.protos.messages import Budget, Instruction, Reply, Update
 from lamina.protos.privacy.accounting import epsilon
-from lamina.protos.sides import one_side, side_of, whole
+from lamina.protos.sides import Side, one_side, side_of, whole
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def respond(
     adapter = take(base)
     if not is_finite(adapter):
         raise TrainingError(f"{where}: expected finite factors after training. Lower train.learning_rate.")
-    if instruction.train in ("A", "B"):
+    if instruction.train != "AB":
         adapter = Adapter({m: one_side(f, instruction.train) for m, f in adapter.lora.items()}, adapter.dense)
     update = Update(
         run_id=instruction.run_id,
@@ -181,22 +181,20 @@ def received(
     """
     where = f"client {instruction.client_id}, round {instruction.round}, release"
     if instruction.train != "AB":
-        return _made_whole(site, base, instruction, where), None
+        return _made_whole(site, base, instruction, instruction.train, where), None
     release = loaded(opened(instruction.release))
     base.spec.check(release, where)
     return release, _frozen(state, instruction, base, shared, where)
 
 
-def _made_whole(site: Site, base: Base, instruction: Instruction, where: str) -> Adapter:
-    """Both factors of every module: what came, and what has not moved since the start."""
-    if instruction.train not in ("A", "B"):
-        raise AdapterMismatch(f"{where}: expected lora_A, lora_B or both to train, got {instruction.train}.")
+def _made_whole(site: Site, base: Base, instruction: Instruction, side: Side, where: str) -> Adapter:
+    """All factors of every module: what came, and what has not moved since the start."""
     parts = [loaded(opened(part)) for part in (instruction.release, instruction.frozen) if part is not None]
     for part in parts:
         base.spec.check(part, where, side_of(part, where) or "AB")
         if not part.lora.keys() <= site.budget.train.keys():
             raise AdapterMismatch(f"{where}: expected modules that this client trains, got others.")
-    return loaded(whole(parts, site.budget.train, site.budget.scale, base.spec.modules, site.seed))
+    return loaded(whole(parts, site.budget.train, site.budget.scale, base.spec.modules, site.seed, side))
 
 
 def _frozen(state: ClientState, instruction: Instruction, base: Base, shared: Shared, where: str) -> Frozen | None:

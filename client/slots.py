@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 
-from lamina.client.model import PREFIX, Base, FrozenHook, head_splits, put
+from lamina.client.model import PREFIX, SLOT, Base, FrozenHook, head_splits, put, through_core
 from lamina.client.quantised import formats, int8_layers, odd_rows, selftest
 from lamina.protos.adapter import Adapter
 from lamina.protos.spec import AdapterSpec
@@ -57,6 +57,7 @@ def with_slots(
     for module in spec.modules:
         factors = tuple(factor.to(device) for factor in beside.get(module, ()))
         base.layer(module).base_layer.register_forward_hook(FrozenHook(base.frozen, module, factors))
+        base.layer(module).lora_B[SLOT].register_forward_pre_hook(through_core)
     for module in sorted({name.rpartition(".")[0] for name in spec.dense}) if base.dtype != torch.float32 else ():
         _in_float32(base.model.get_submodule(PREFIX + module), base.dtype)
     put(base, Adapter(), None, trainable=False)

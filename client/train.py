@@ -16,9 +16,9 @@ import torch
 from lamina.client import resident
 from lamina.client.data import Example
 from lamina.client.losses import IGNORED, Batch, collate, longest, losses, pad_id, padded_length
-from lamina.client.model import Base, set_checkpointing, trainable_parameters, training_mode
+from lamina.client.model import Base, core_of, set_checkpointing, trainable_parameters, training_mode
 from lamina.protos import seeds
-from lamina.protos.adapter import Adapter, LoraFactors
+from lamina.protos.adapter import Adapter, LoraFactors, folded
 from lamina.protos.config import TrainConfig
 from lamina.protos.errors import ConfigError, TrainingError
 
@@ -237,8 +237,8 @@ def anchored(start: Adapter, base: Base) -> dict[str, tuple[torch.Tensor, ...]]:
         Module -> (A, B), dense name -> (values,).
     """
     anchor: dict[str, tuple[torch.Tensor, ...]] = {
-        module: tuple(torch.tensor(values, device=base.device) for values in (f.A, f.B))
-        for module, f in start.lora.items()
+        module: tuple(torch.tensor(values, dtype=torch.float32, device=base.device) for values in (f.A, f.B))
+        for module, f in ((module, folded(f)) for module, f in start.lora.items())
     }
     return anchor | {name: (torch.tensor(value, device=base.device),) for name, value in start.dense.items()}
 
@@ -260,6 +260,8 @@ def proximal_term(base: Base, anchor: Mapping[str, tuple[torch.Tensor, ...]]) ->
             continue
         layer = base.layer(name)
         rows, columns = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        core = core_of(layer.lora_B["default"])
+        columns = columns if core is None else columns @ core.weight
         left, right = torch.cat([columns, -then[1]], dim=1), torch.cat([rows, then[0]])
         total = total + layer.scaling["default"] ** 2 * ((left.T @ left) * (right @ right.T)).sum()
     return total
@@ -320,6 +322,9 @@ def completed(
         d_out, d_in = base.spec.modules[module]
         bound = 1.0 / math.sqrt(d_in)
         got = release.lora.get(module)
+        if got is not None and got.core is not None:
+            lora[module] = got  # whole: a core has no slots that are not there yet
+            continue
         known = 0 if got is None else got.rank
         fresh = seeds.stream(task.seed, "slots", task.client_id, task.round, module).uniform(
             -bound, bound, (rank - known, d_in)

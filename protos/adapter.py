@@ -1,7 +1,8 @@
 """Adapters as plain values: low-rank factors by module, dense parameters by name.
 
 Knows nothing of models, files or networks. A module's *product* is `scale * B @ A`, shape (d_out, d_in): the change
-that the factors add to the frozen weight. Many factor pairs give one product; only products are compared.
+that the factors add to the frozen weight; with a core C (r, r) between them, `scale * B @ C @ A`. Many factor pairs give one
+product; only products are compared.
 """
 
 from __future__ import annotations
@@ -26,17 +27,23 @@ class LoraFactors:
         A: (r, d_in).
         B: (d_out, r).
         scale: The runtime multiplier s of `B @ A`; lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA.
+        core: (r, r) between B and A, or None for nothing there (LoRA-XS, Balazy et al. 2024, arXiv:2405.17604).
     """
 
     A: Array
     B: Array
     scale: float = 1.0
+    core: Array | None = None
 
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
             raise AdapterMismatch(
                 f"expected lora_A (r, d_in) and lora_B (d_out, r), got {self.A.shape} and {self.B.shape}. "
                 "Pair the factors by their names, never by shape."
+            )
+        if self.core is not None and self.core.shape != (self.rank, self.rank):
+            raise AdapterMismatch(
+                f"expected lora_core of shape ({self.rank}, {self.rank}), the rank of its factors, got {self.core.shape}."
             )
         if not np.isfinite(self.scale):
             raise AdapterMismatch(f"expected a finite scale, got {self.scale}. Check lora_alpha and the rank.")
@@ -96,7 +103,7 @@ class Lazy(Mapping[str, Any]):
 
 
 def product(factors: LoraFactors) -> NDArray[np.float64]:
-    """The dense change of one module, `scale * B @ A`, in float64. For oracles and small modules only.
+    """The dense change of one module, `scale * B @ A` with the core between, in float64. For oracles and small modules only.
 
     Args:
         factors: The factors, any float dtype.
@@ -104,7 +111,28 @@ def product(factors: LoraFactors) -> NDArray[np.float64]:
     Returns:
         (d_out, d_in), float64.
     """
-    return factors.scale * (factors.B.astype(np.float64) @ factors.A.astype(np.float64))
+    plain = folded(factors)
+    return factors.scale * (plain.B.astype(np.float64) @ plain.A.astype(np.float64))
+
+
+def folded(factors: LoraFactors) -> LoraFactors:
+    """The same product of two factors: the core goes into B.
+
+    Args:
+        factors: With a core or without.
+
+    Returns:
+        `factors` itself without a core, else B C in float64 beside A.
+    """
+    if factors.core is None:
+        return factors
+    return LoraFactors(factors.A, factors.B.astype(np.float64) @ factors.core.astype(np.float64), factors.scale)
+
+
+def _without_core(factors: LoraFactors) -> None:
+    """Raise for a core where it would be left out."""
+    if factors.core is not None:
+        raise AdapterMismatch("expected two factors, got a core between them. Call folded() first.")
 
 
 def rescaled(factors: LoraFactors, scale: float) -> LoraFactors:
@@ -124,6 +152,7 @@ def rescaled(factors: LoraFactors, scale: float) -> LoraFactors:
         return factors
     if scale <= 0 or factors.scale < 0:
         raise AdapterMismatch(f"expected positive scales, got {factors.scale} -> {scale}. Check lora_alpha.")
+    _without_core(factors)
     root = np.sqrt(factors.scale / scale)
     dtype = factors.A.dtype
     return LoraFactors(
@@ -132,7 +161,7 @@ def rescaled(factors: LoraFactors, scale: float) -> LoraFactors:
 
 
 def prefix(factors: LoraFactors, rank: int) -> LoraFactors:
-    """The first `rank` rows of A and columns of B; all of them where the rank is no larger.
+    """The first `rank` rows of A and columns of B, and what lies between them; all where the rank is no larger.
 
     Args:
         factors: The factors.
@@ -141,7 +170,8 @@ def prefix(factors: LoraFactors, rank: int) -> LoraFactors:
     Returns:
         Views, not copies.
     """
-    return LoraFactors(factors.A[:rank], factors.B[:, :rank], factors.scale)
+    core = None if factors.core is None else factors.core[:rank, :rank]
+    return LoraFactors(factors.A[:rank], factors.B[:, :rank], factors.scale, core)
 
 
 def tail(factors: LoraFactors, start: int, stop: int) -> LoraFactors:
@@ -155,6 +185,7 @@ def tail(factors: LoraFactors, start: int, stop: int) -> LoraFactors:
     Returns:
         Views, not copies; rank 0 where nothing lies between.
     """
+    _without_core(factors)
     stop = max(start, stop)
     return LoraFactors(factors.A[start:stop], factors.B[:, start:stop], factors.scale)
 
@@ -174,6 +205,8 @@ def concatenated(first: LoraFactors, second: LoraFactors) -> LoraFactors:
     """
     if first.scale != second.scale:
         raise AdapterMismatch(f"expected one scale, got {first.scale} and {second.scale}. Call rescaled() first.")
+    _without_core(first)
+    _without_core(second)
     return LoraFactors(np.concatenate([first.A, second.A]), np.concatenate([first.B, second.B], axis=1), first.scale)
 
 
@@ -186,5 +219,7 @@ def is_finite(adapter: Adapter) -> bool:
     Returns:
         False where a NaN or an infinity stands anywhere.
     """
-    lora = all(bool(np.isfinite(f.A).all() and np.isfinite(f.B).all()) for f in adapter.lora.values())
-    return lora and all(bool(np.isfinite(value).all()) for value in adapter.dense.values())
+    sides = (side for f in adapter.lora.values() for side in (f.A, f.B, f.core) if side is not None)
+    return all(bool(np.isfinite(side).all()) for side in sides) and all(
+        bool(np.isfinite(value).all()) for value in adapter.dense.values()
+    )

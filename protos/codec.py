@@ -1,7 +1,7 @@
 """Adapters and updates to bytes and back: safetensors layout, four number formats, every check before use.
 
 Formats: `fp32`; `bf16` and `fp16`, rounded to nearest even; `int8` with one float32 scale per rank row (a row of A, a
-column of B) and stochastic rounding, unbiased but for the row's largest entry, whose relative error is below 2**-16.
+column of B, a row of a core) and stochastic rounding, unbiased but for the row's largest entry, whose relative error is below 2**-16.
 Decoding and encoding again gives the same numbers in every format, so an adapter that nobody trained costs nothing.
 Dense parameters travel in float32 under int8. Values are not trusted: finiteness and shapes are checked by the receiver.
 """
@@ -33,7 +33,8 @@ _DTYPES: Mapping[str, tuple[str, Any]] = {
     "fp16": ("F16", np.float16),
     "int8": ("I8", np.int8),
 }
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_A, _B, _CORE = ".lora_A.weight", ".lora_B.weight", ".lora_core.weight"
+_FACTORS = (_A, _B, _CORE)
 _ROW_SCALE = ".row_scale"
 
 
@@ -116,6 +117,8 @@ def _tensors(
     for module, factors in sorted(adapter.lora.items()):
         tensors.update(_packed(module + _A, factors.A, wire, rng))
         tensors.update({k: v.T if v.ndim == 2 else v for k, v in _packed(module + _B, factors.B.T, wire, rng).items()})
+        if factors.core is not None:
+            tensors.update(_packed(module + _CORE, factors.core, wire, rng))
     for name, value in sorted(adapter.dense.items()):
         shaped = value.reshape(1, -1)
         dense_wire: WireFormat = "fp32" if wire == "int8" else wire
@@ -219,14 +222,15 @@ def _adapter(parsed: _Parsed) -> Adapter:
     if not isinstance(scales, dict) or not all(_is_number(value) for value in scales.values()):
         raise UpdateRejected("malformed", "expected `scales` to map modules to positive numbers.")
     tensors = parsed.tensors
-    row_scales = {name + _ROW_SCALE for name in tensors if name.endswith((_A, _B))} if wire == "int8" else set()
+    row_scales = {name + _ROW_SCALE for name in tensors if name.endswith(_FACTORS)} if wire == "int8" else set()
     names = [name for name in tensors if name not in row_scales]
     for name in names:
         _check_format(name, tensors, wire, code)
     a_side = {name[: -len(_A)] for name in names if name.endswith(_A)}
     b_side = {name[: -len(_B)] for name in names if name.endswith(_B)}
-    if a_side != b_side or a_side != set(scales):
-        odd = sorted((a_side ^ b_side) | (a_side ^ set(scales)))[:3]
+    cores = {name[: -len(_CORE)] for name in names if name.endswith(_CORE)}
+    if a_side != b_side or a_side != set(scales) or not cores <= a_side:
+        odd = sorted((a_side ^ b_side) | (a_side ^ set(scales)) | (cores - a_side))[:3]
         raise UpdateRejected(
             "schema", f"expected lora_A, lora_B and a scale for each module, one is missing for {odd}."
         )
@@ -234,14 +238,17 @@ def _adapter(parsed: _Parsed) -> Adapter:
         a, b = tensors[module + _A].shape, tensors[module + _B].shape
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise UpdateRejected("schema", f"expected lora_A (r, d_in) and lora_B (d_out, r), got {a} and {b}.")
+        if module in cores and (core := tensors[module + _CORE].shape) != (a[0], a[0]):
+            raise UpdateRejected("schema", f"expected lora_core ({a[0]}, {a[0]}), got {core}.")
 
     def values(name: str) -> Array:
         return _unpacked(name, tensors, wire)
 
     def factors(module: str) -> LoraFactors:
-        return LoraFactors(values(module + _A), values(module + _B), float(scales[module]))
+        core = values(module + _CORE) if module in cores else None
+        return LoraFactors(values(module + _A), values(module + _B), float(scales[module]), core)
 
-    dense = dict.fromkeys(name for name in names if not name.endswith((_A, _B)))
+    dense = dict.fromkeys(name for name in names if not name.endswith(_FACTORS))
     return Adapter(Lazy(dict.fromkeys(sorted(a_side)), factors), Lazy(dense, values))
 
 
@@ -250,7 +257,7 @@ def _is_number(value: object) -> bool:
 
 
 def _check_format(name: str, tensors: Mapping[str, Tensor], wire: str, code: Any) -> None:
-    tensor, factor = tensors[name], name.endswith((_A, _B))
+    tensor, factor = tensors[name], name.endswith(_FACTORS)
     expected = code if factor or wire != "int8" else np.float32
     if tensor.dtype != expected:
         raise UpdateRejected("malformed", f"{name}: expected {wire} numbers, got {tensor.dtype}.")
@@ -258,7 +265,7 @@ def _check_format(name: str, tensors: Mapping[str, Tensor], wire: str, code: Any
         return
     scales = tensors.get(name + _ROW_SCALE)
     shape = tensor.shape
-    rows = shape[0] if name.endswith(_A) and len(shape) == 2 else shape[-1] if len(shape) == 2 else -1
+    rows = -1 if len(shape) != 2 else shape[1] if name.endswith(_B) else shape[0]
     if scales is None or scales.dtype != np.float32 or scales.shape != (rows,):
         raise UpdateRejected("malformed", f"{name}: expected {rows} float32 row scales.")
 
@@ -267,11 +274,11 @@ def _unpacked(name: str, tensors: Mapping[str, Tensor], wire: str) -> Array:
     values = tensors[name].read()
     if wire == "bf16":
         return from_bf16(values)
-    if wire != "int8" or not name.endswith((_A, _B)):
+    if wire != "int8" or not name.endswith(_FACTORS):
         return values.astype(np.float32)
     scales = tensors[name + _ROW_SCALE].read()
     with np.errstate(over="ignore", invalid="ignore"):  # hostile scales: finiteness is admission's to check
-        return values.astype(np.float32) * (scales[:, None] if name.endswith(_A) else scales[None, :])
+        return values.astype(np.float32) * (scales[None, :] if name.endswith(_B) else scales[:, None])
 
 
 def encode_update(update: Update, wire: WireFormat, rng: np.random.Generator | None = None) -> bytes:

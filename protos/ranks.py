@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lamina.protos.errors import ConfigError, shown
+from lamina.protos.messages import Trainable
 from lamina.protos.spec import AdapterSpec
 
 # How many times the nominal rank one module may get under lora.allocation=importance.
@@ -48,17 +49,35 @@ def most(spec: AdapterSpec, rank: int, pattern: Mapping[str, int] | None = None)
     return uniform(spec, SPREAD * rank, pattern)
 
 
-def numbers(spec: AdapterSpec, ranks: Mapping[str, int]) -> int:
+def numbers(spec: AdapterSpec, ranks: Mapping[str, int], train: Trainable = "AB") -> int:
     """How many numbers the factors of these ranks have.
 
     Args:
         spec: Module shapes.
         ranks: Module -> rank.
+        train: The factors that are counted.
 
     Returns:
-        sum of rank x (d_out + d_in).
+        sum of rank x (d_out + d_in), rank x d_out, rank x d_in or rank^2.
     """
-    return sum(rank * sum(spec.modules[module]) for module, rank in ranks.items())
+    return sum(size(spec.modules[module], rank, train) for module, rank in ranks.items())
+
+
+def size(shape: tuple[int, int], rank: int, train: Trainable = "AB") -> int:
+    """How many numbers the factors of one module have.
+
+    Args:
+        shape: (d_out, d_in).
+        rank: Of the factors.
+        train: The factors that are counted.
+
+    Returns:
+        As many.
+    """
+    if train == "core":
+        return rank * rank
+    d_out, d_in = shape
+    return rank * (d_out * ("B" in train) + d_in * ("A" in train))
 
 
 def check(spec: AdapterSpec, ranks: Mapping[str, int], rank: int, pattern: Mapping[str, int], allocation: str) -> None:

@@ -4,6 +4,9 @@ Where a strategy trains one factor a round, an update holds that factor, and a p
 width 0, so that rank, scale and pairing by name stay as they are and nothing that did not move takes bytes. What neither part
 of a release holds has not moved since the start: B = 0, and rows of A that coordinator and clients each draw from the run's
 seed. The rows of a smaller rank are the first of a larger one.
+
+A core is one side more: where it is trained, both factors have width 0 on their way, never move, and are orthonormal vectors that
+both ends draw; the core starts at 0.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import numpy as np
 from lamina.protos import seeds
 from lamina.protos.adapter import EMPTY, Adapter, Array, Lazy, LoraFactors
 from lamina.protos.errors import AdapterMismatch
+from lamina.protos.orthonormal import orthonormal_rows
 
-Side = Literal["A", "B"]
+Side = Literal["A", "B", "core"]
 
 
 def start_rows(seed: int, module: str, rank: int, d_in: int) -> Array:
@@ -46,16 +50,42 @@ def start_rows(seed: int, module: str, rank: int, d_in: int) -> Array:
     return (steps * step).astype(np.float32)
 
 
-def one_side(factors: LoraFactors, side: Side) -> LoraFactors:
-    """One of two factors, the other cut to width 0.
+def start_factors(
+    seed: int, module: str, rank: int, shape: tuple[int, int], scale: float, cored: bool = False
+) -> LoraFactors:
+    """What coordinator and clients begin from, each on its own; the product is 0.
 
     Args:
-        factors: Both.
+        seed: Of the run.
+        module: Whose.
+        rank: How many slots; those of a smaller rank are the first of these.
+        shape: (d_out, d_in).
+        scale: To give them.
+        cored: Whether a core is trained.
+
+    Returns:
+        `start_rows` and B = 0; or orthonormal rows and columns about a core of zeros.
+    """
+    d_out, d_in = shape
+    if not cored:
+        return LoraFactors(start_rows(seed, module, rank, d_in), np.zeros((d_out, rank), np.float32), scale)
+    rows = orthonormal_rows(seed, "core-rows", module, rank, d_in)
+    columns = orthonormal_rows(seed, "core-columns", module, rank, d_out).T
+    return LoraFactors(rows, columns, scale, np.zeros((rank, rank), np.float32))
+
+
+def one_side(factors: LoraFactors, side: Side) -> LoraFactors:
+    """One of two factors, or the core; what is not asked for is cut to width 0.
+
+    Args:
+        factors: All.
         side: Which stays.
 
     Returns:
         Views, not copies.
     """
+    if side == "core":
+        return LoraFactors(factors.A[:, :0], factors.B[:0], factors.scale, factors.core)
     if side == "A":
         return LoraFactors(factors.A, factors.B[:0], factors.scale)
     return LoraFactors(factors.A[:, :0], factors.B, factors.scale)
@@ -74,14 +104,19 @@ def side_of(adapter: Adapter, where: str) -> Side | None:
     Raises:
         AdapterMismatch: If a module has both factors or none, or modules differ.
     """
-    found: set[tuple[bool, bool]] = {(f.A.shape[1] > 0, f.B.shape[0] > 0) for f in adapter.lora.values()}
+    found = {_side(factors) for factors in adapter.lora.values()}
     if not found:
         return None
-    if found == {(True, False)}:
-        return "A"
-    if found == {(False, True)}:
-        return "B"
+    if len(found) == 1 and (side := found.pop()) is not None:
+        return side
     raise AdapterMismatch(f"{where}: expected one factor, the same in every module, got both, none or different ones.")
+
+
+def _side(factors: LoraFactors) -> Side | None:
+    there: list[Side] = ["A"] if factors.A.shape[1] else []
+    there += ["B"] if factors.B.shape[0] else []
+    there += [] if factors.core is None else ["core"]
+    return there[0] if len(there) == 1 else None
 
 
 def whole(
@@ -90,8 +125,9 @@ def whole(
     scales: Mapping[str, float],
     shapes: Mapping[str, tuple[int, int]],
     seed: int,
+    side: Side,
 ) -> Adapter:
-    """A release of one-sided parts as the client has it, both factors in every module that the client trains.
+    """A release of one-sided parts as the client has it, all factors in every module that the client trains.
 
     Args:
         parts: What came, each of one side; the first part's dense parameters count.
@@ -99,27 +135,32 @@ def whole(
         scales: Module -> its scale.
         shapes: Module -> (d_out, d_in).
         seed: Of the run, for what has not moved since the start.
+        side: What is trained.
 
     Returns:
         An adapter whose modules are read when they are asked for. Reading one raises AdapterMismatch where a part is of another
-        rank or scale, or both parts are of one side.
+        rank or scale, both parts are of one side, or one is of a side that does not move beside the trained one.
     """
     there = [part for part in parts if part is not None]
 
     def factors(module: str) -> LoraFactors:
-        rank, scale, (d_out, d_in) = ranks[module], scales[module], shapes[module]
-        sides: dict[str, Array] = {}
+        rank, scale = ranks[module], scales[module]
+        found: dict[Side, LoraFactors] = {}
         for got in (part.lora[module] for part in there if module in part.lora):
-            side = "A" if got.A.shape[1] else "B"
-            if (got.rank, got.scale) != (rank, scale) or side in sides:
+            came = _side(got)
+            fits = came not in found and (came == "core") == (side == "core")
+            if came is None or not fits or (got.rank, got.scale) != (rank, scale):
                 raise AdapterMismatch(
                     f"{module}: expected each factor once, of rank {rank} and scale {scale:g}, got rank {got.rank} and scale "
-                    f"{got.scale:g} of lora_{side}."
+                    f"{got.scale:g} of lora_{came}."
                 )
-            sides[side] = got.A if side == "A" else got.B
-        rows = sides["A"] if "A" in sides else start_rows(seed, module, rank, d_in)
-        columns = sides["B"] if "B" in sides else np.zeros((d_out, rank), np.float32)
-        return LoraFactors(rows, columns, scale)
+            found[came] = got
+        if found.keys() == {"A", "B"}:
+            return LoraFactors(found["A"].A, found["B"].B, scale)
+        made = start_factors(seed, module, rank, shapes[module], scale, side == "core")
+        for came, got in found.items():
+            made = _with(made, got, came)
+        return made
 
     return Adapter(Lazy(dict.fromkeys(ranks), factors), (there[0] if there else EMPTY).dense)
 
@@ -133,11 +174,17 @@ def filled(sent: Adapter, start: Adapter, side: Side) -> Adapter:
         side: The side that was trained.
 
     Returns:
-        An adapter of both factors, whose modules are read when they are asked for.
+        An adapter of all factors, whose modules are read when they are asked for.
     """
 
     def factors(module: str) -> LoraFactors:
-        got, other = sent.lora[module], start.lora[module]
-        return LoraFactors(got.A, other.B, got.scale) if side == "A" else LoraFactors(other.A, got.B, got.scale)
+        return _with(start.lora[module], sent.lora[module], side)
 
     return Adapter(Lazy(dict.fromkeys(sent.lora), factors), sent.dense)
+
+
+def _with(factors: LoraFactors, got: LoraFactors, side: Side) -> LoraFactors:
+    """Factors with one side of others, and their scale."""
+    if side == "core":
+        return LoraFactors(factors.A, factors.B, got.scale, got.core)
+    return LoraFactors(got.A, factors.B, got.scale) if side == "A" else LoraFactors(factors.A, got.B, got.scale)

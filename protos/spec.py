@@ -57,7 +57,7 @@ class AdapterSpec:
         Args:
             adapter: Any adapter. Modules may be missing: a client need not train them all.
             where: Put before the message, such as `client 17, round 3`.
-            sides: The factors that it must hold; one that is not named must have width 0.
+            sides: The factors that it must hold, or `core`; one that is not named must have width 0.
 
         Raises:
             AdapterMismatch: Naming the first module that does not fit.
@@ -78,6 +78,9 @@ class AdapterSpec:
             raise AdapterMismatch(f"{where}: expected modules of the spec, got {module!r}. Check lora.target_modules.")
         d_out, d_in = (size if side in sides else 0 for side, size in zip("BA", self.modules[module], strict=True))
         rank = factors.rank
+        if (factors.core is not None) != (sides == "core"):
+            wanted, got = ("a lora_core", "none") if sides == "core" else ("no lora_core", "one")
+            raise AdapterMismatch(f"{where}: expected {wanted} for {module}, got {got}. Check strategy.name on both sides.")
         if factors.A.shape != (rank, d_in) or factors.B.shape != (d_out, rank):
             raise AdapterMismatch(
                 f"{where}: expected {module}.lora_A of shape (r, {d_in}) and lora_B of shape ({d_out}, r), "

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lamina.protos.adapter import Adapter, Array, is_finite
+from lamina.protos.adapter import Adapter, Array, folded, is_finite
 from lamina.protos.blobs import Blob
 from lamina.protos.codec import opened_update
 from lamina.protos.errors import AdapterMismatch, UpdateRejected
 from lamina.protos.messages import Budget, Trainable, Update
+from lamina.protos.ranks import numbers
 from lamina.protos.sides import filled
 from lamina.protos.spec import AdapterSpec
 from lamina.strategies.factors import change
@@ -66,10 +67,8 @@ def size_cap_bytes(spec: AdapterSpec, budget: Budget, train: Trainable = "AB") -
     Returns:
         Bytes; checked before anything is parsed.
     """
-    sides = {module: zip("BA", shape, strict=True) for module, shape in spec.modules.items()}
-    numbers = sum(rank * sum(n for side, n in sides[m] if side in train) for m, rank in budget.train.items())
-    numbers += sum(value.size for value in spec.dense.values())
-    return 4 * numbers + HEADER_BYTES + BYTES_PER_MODULE * (len(spec.modules) + len(spec.dense))
+    sent = numbers(spec, budget.train, train) + sum(value.size for value in spec.dense.values())
+    return 4 * sent + HEADER_BYTES + BYTES_PER_MODULE * (len(spec.modules) + len(spec.dense))
 
 
 def admit(payload: Blob, expected: Expected, seen: Container[str]) -> Update:
@@ -122,7 +121,7 @@ def _check_adapter(adapter: Adapter, expected: Expected, where: str) -> None:
                 f"{where}: expected rank {rank} and scale {scale:g} for {module}, got {factors.rank} and {factors.scale:g}. "
                 "Register the new rank before training with it.",
             )
-    if expected.train in ("A", "B"):  # products from here on
+    if expected.train != "AB":  # products from here on
         adapter = filled(adapter, expected.received, expected.train)
     found = _magnitude(adapter)
     if not found <= MAX_MAGNITUDE:
@@ -144,8 +143,9 @@ def _magnitude(adapter: Adapter) -> float:
     """
     found = [_norm(value) for value in adapter.dense.values()]
     for factors in adapter.lora.values():
-        a, b = _norm(factors.A), _norm(factors.B)
-        found += [a, b, factors.scale * a * b]
+        plain = folded(factors)
+        a, b = _norm(plain.A), _norm(plain.B)
+        found += [a, b, factors.scale * a * b, *([] if factors.core is None else [_norm(factors.core)])]
     return max(found, default=0.0) if all(map(math.isfinite, found)) else math.inf
 
 

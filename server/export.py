@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from lamina.protos.adapter import Adapter, Array, LoraFactors, rescaled
+from lamina.protos.adapter import Adapter, Array, LoraFactors, folded, rescaled
 from lamina.protos.config import Config
 from lamina.protos.files import write_atomic, write_folder
 from lamina.protos.spec import AdapterSpec
@@ -57,7 +57,7 @@ def peft_config(adapter: Adapter, spec: AdapterSpec) -> dict[str, Any]:
 
 
 def peft_tensors(adapter: Adapter) -> dict[str, Array]:
-    """Peft's tensors by name, at scale 1; a module of rank 0 gets rank 1 with zeros, as peft has no rank 0.
+    """Peft's tensors by name, at scale 1, a core folded into B; a module of rank 0 gets rank 1 with zeros, as peft has no rank 0.
 
     Args:
         adapter: The global adapter.
@@ -70,7 +70,7 @@ def peft_tensors(adapter: Adapter) -> dict[str, Array]:
         d_out, d_in = factors.shape
         if factors.rank == 0:
             factors = LoraFactors(np.zeros((1, d_in), np.float32), np.zeros((d_out, 1), np.float32))
-        unit = rescaled(factors, 1.0)
+        unit = rescaled(folded(factors), 1.0)
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(unit.A, np.float32)
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(unit.B, np.float32)
     for name, value in adapter.dense.items():

@@ -37,14 +37,14 @@ class Sent:
 
     @property
     def num_bytes(self) -> int:
-        """Length of what a client has to fetch that keeps the release before: where one factor is trained, that is half."""
+        """Length of what a client has to fetch that keeps the release before: where factors take turns, that is half."""
         asked = self.instruction
-        kept = asked.train in ("A", "B") and self.budget.held_version == asked.version - 1
+        kept = asked.train != "AB" and self.budget.held_version == asked.version - 1
         return asked.release.num_bytes if kept else asked.num_bytes
 
 
 def started(campaign: Campaign, sent: Sent) -> Release:
-    """A release as its client has it: both factors in every module, where parts of one factor went out.
+    """A release as its client has it: all factors in every module, where parts of one factor went out.
 
     Args:
         campaign: Schema and seed.
@@ -57,21 +57,21 @@ def started(campaign: Campaign, sent: Sent) -> Release:
     if release.train == "AB":
         return release
     parts = (release.trainable, release.frozen)
-    adapter = whole(parts, budget.train, budget.scale, campaign.spec.modules, campaign.seed)
+    adapter = whole(parts, budget.train, budget.scale, campaign.spec.modules, campaign.seed, release.train)
     return replace(release, trainable=adapter, frozen=None)
 
 
 def trained(update: Update, release: Release) -> Update:
-    """An update with the factor that was not trained, and so not sent.
+    """An update with the factors that were not trained, and so not sent.
 
     Args:
         update: Admitted.
         release: See `started`.
 
     Returns:
-        W_k, both factors in every module.
+        W_k, all factors in every module.
     """
-    if release.train not in ("A", "B"):
+    if release.train == "AB":
         return update
     return replace(update, adapter=filled(update.adapter, release.trainable, release.train))
 
@@ -119,7 +119,7 @@ def _encode_release(campaign: Campaign, keep: Keep, state: ServerState, budget: 
     release = campaign.strategy.release(state, budget)
     rng = seeds.stream(campaign.seed, "release", state.round)
     trainable = keep(encode(release.trainable, campaign.wire, rng))
-    if release.train in ("A", "B"):  # the same bytes as a round ago: then its client need not fetch it again
+    if release.train != "AB":  # the same bytes as a round ago: then its client need not fetch it again
         rng = seeds.stream(campaign.seed, "release", state.round - 1)
     frozen = None if release.frozen is None else keep(encode(release.frozen, campaign.wire, rng))
     decoded = replace(release, trainable=opened(trainable), frozen=None if frozen is None else opened(frozen))

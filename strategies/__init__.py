@@ -9,9 +9,9 @@ from lamina.protos.errors import ConfigError, nearest
 from lamina.strategies.base import ServerState, Strategy, Weighting
 from lamina.strategies.baselines import Shared, fedavg, flexlora, zeropad
 from lamina.strategies.exact import Rule, recompress, residual, stack
-from lamina.strategies.linear import Nested, alternate, ffa
+from lamina.strategies.linear import Nested, alternate, core, ffa
 
-STRATEGIES = ("recompress", "residual", "stack", "fedavg", "zeropad", "flexlora", "ffa", "alternate")
+STRATEGIES = ("recompress", "residual", "stack", "fedavg", "zeropad", "flexlora", "ffa", "alternate", "core")
 
 __all__ = ["STRATEGIES", "Options", "ServerState", "Strategy", "build"]
 
@@ -72,4 +72,6 @@ def build(name: str, options: Options) -> Strategy:
             return ffa(nested)
         case "alternate":
             return alternate(nested)
+        case "core":
+            return core(nested)
     raise ConfigError(f"strategy.name={name}: expected one of {', '.join(STRATEGIES)}.{nearest(name, STRATEGIES)}")

@@ -8,12 +8,12 @@ the smaller form. FLoRA's stacking (Wang et al. 2024, arXiv:2409.05976) with the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lamina.protos.adapter import LoraFactors
+from lamina.protos.adapter import LoraFactors, folded
 from lamina.strategies.base import LayerReport
 
 Matrix = NDArray[np.float64]
@@ -25,7 +25,7 @@ _BLOCK_ROWS = 512
 
 
 def pair(factors: LoraFactors, weight: float = 1.0) -> Pair:
-    """Columns and rows whose product is `weight * scale * B @ A`, without the slots that are zero.
+    """Columns and rows whose product is `weight * scale * B @ A`, without the slots that are zero; a core goes into the columns.
 
     Args:
         factors: Any float dtype.
@@ -34,13 +34,15 @@ def pair(factors: LoraFactors, weight: float = 1.0) -> Pair:
     Returns:
         (m, r') and (r', n), float64, r' <= r.
     """
-    return _without_zeros(factors.B.astype(np.float64) * (weight * factors.scale), factors.A.astype(np.float64))
+    plain = folded(factors)
+    return _without_zeros(plain.B.astype(np.float64) * (weight * factors.scale), plain.A.astype(np.float64))
 
 
 def change(trained: LoraFactors, received: LoraFactors | None, weight: float = 1.0) -> Pair:
     """Columns and rows of `weight * (W_k - T_k)`, the client's change.
 
-    Written as (B - B_t) A + B_t (A - A_t), so that what was not trained gives exact zeros and is left out.
+    Written as (B - B_t) A + B_t (A - A_t), so that what was not trained gives exact zeros and is left out. Of factors with a core
+    it is B (C - C_t) A: the others are the same for all and never move.
 
     Args:
         trained: W_k, what the client sent.
@@ -55,6 +57,11 @@ def change(trained: LoraFactors, received: LoraFactors | None, weight: float = 1
     if received.scale != trained.scale or received.rank > trained.rank:
         plus, minus = pair(trained, weight), pair(received, -weight)
         return np.concatenate([plus[0], minus[0]], axis=1), np.concatenate([plus[1], minus[1]])
+    if trained.core is not None and received.core is not None:
+        core = np.array(trained.core, np.float64)
+        core[: received.rank, : received.rank] -= received.core
+        return pair(replace(trained, core=core), weight)
+    trained, received = folded(trained), folded(received)
     rank, factor = received.rank, weight * trained.scale
     rows, start_rows = trained.A.astype(np.float64), received.A.astype(np.float64)
     columns, start_columns = trained.B.astype(np.float64), received.B.astype(np.float64)
@@ -221,6 +228,7 @@ def distance(stored: LoraFactors, target: Sum) -> LayerReport:
     Returns:
         A report with the relative error and the stored singular values.
     """
+    stored = folded(stored)
     minus = pair(stored, -1.0)
     if target.dense is not None:
         norm, error = float(np.linalg.norm(target.dense)), _dense_distance(target.dense, stored)

@@ -1,4 +1,4 @@
-"""Strategies that need only sums of what is sent: one factor is trained in a round, the other is the same for all.
+"""Strategies that need only sums of what is sent: one factor is trained in a round, the rest is the same for all.
 
 With nested slices of common factors, B[:, :r_k] and A[:r_k], the mean of the clients' products is a product of means:
 sum_k p_k B_k A[:r_k] = (sum_k p_k [B_k, 0]) A. So zero-padded factors give the exact mean of unequal ranks, which they do not
@@ -10,6 +10,8 @@ it is.
 
 - `ffa`: FFA-LoRA (Sun et al. 2024, arXiv:2403.12313). A stays as it was drawn; only B is trained and sent.
 - `alternate`: RoLoRA (Chen et al. 2025, arXiv:2502.01755). B in odd rounds, A in even ones.
+- `core`: Fed-SB (Singhal et al. 2025, arXiv:2502.15436). B and A stay as they were drawn; the r x r core between them is trained
+  and sent, zero-padded like the others: B[:, :r_k] C_k A[:r_k] = B [C_k, 0; 0, 0] A. Scales go into the core there.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lamina.protos.adapter import Adapter, LoraFactors
+from lamina.protos.adapter import Adapter, Array, LoraFactors, prefix
 from lamina.protos.errors import AdapterMismatch
 from lamina.protos.messages import Budget, Release, Update
-from lamina.protos.sides import Side, one_side, start_rows
+from lamina.protos.sides import Side, one_side, start_factors
 from lamina.protos.spec import AdapterSpec
 from lamina.strategies.base import (
     LayerReport,
@@ -44,7 +46,7 @@ class Nested:
     Attributes:
         rank: Module -> rank of the global factors, the largest among the clients.
         scale: Module -> scale at which the global factors are kept.
-        seed: Of the common first A.
+        seed: Of the common start.
         weighting: See `base.client_weights`.
         learning_rate: The server's eta.
     """
@@ -56,26 +58,26 @@ class Nested:
     learning_rate: float = 1.0
 
 
-def nested_start(spec: AdapterSpec, nested: Nested) -> ServerState:
-    """The common A and B = 0.
+def nested_start(spec: AdapterSpec, nested: Nested, cored: bool = False) -> ServerState:
+    """The common start, see `start_factors`.
 
     Args:
         spec: The negotiated schema.
         nested: Ranks, scales and seed.
+        cored: Whether a core is trained.
 
     Returns:
         State of round 0.
     """
-    lora = {}
-    for module, (d_out, d_in) in spec.modules.items():
-        rank = nested.rank[module]
-        rows, columns = start_rows(nested.seed, module, rank, d_in), np.zeros((d_out, rank), np.float32)
-        lora[module] = LoraFactors(rows, columns, nested.scale[module])
+    lora = {
+        module: start_factors(nested.seed, module, nested.rank[module], shape, nested.scale[module], cored)
+        for module, shape in spec.modules.items()
+    }
     return ServerState(0, Adapter(lora, dict(spec.dense)))
 
 
 def sliced(factors: LoraFactors, rank: int, scale: float) -> LoraFactors:
-    """A client's slots of the global factors at its scale, which B alone takes up.
+    """A client's slots of the global factors at its scale, which B alone takes up, or the core.
 
     Args:
         factors: The global factors.
@@ -83,12 +85,17 @@ def sliced(factors: LoraFactors, rank: int, scale: float) -> LoraFactors:
         scale: The client's.
 
     Returns:
-        Factors of that rank and scale whose product is that of the first `rank` slots, up to float32 rounding of B.
+        Factors of that rank and scale whose product is that of the first `rank` slots, up to float32 rounding of what takes up
+        the scale.
     """
-    columns = factors.B[:, :rank]
-    if scale != factors.scale:
-        columns = (columns.astype(np.float64) * (factors.scale / scale)).astype(np.float32)
-    return LoraFactors(factors.A[:rank], columns, scale)
+    cut, ratio = prefix(factors, rank), factors.scale / scale
+    if cut.core is not None:
+        return replace(cut, core=_times(cut.core, ratio), scale=scale)
+    return replace(cut, B=_times(cut.B, ratio), scale=scale)
+
+
+def _times(values: Array, ratio: float) -> Array:
+    return values if ratio == 1.0 else (values.astype(np.float64) * ratio).astype(np.float32)
 
 
 def _slices(state: ServerState, budget: Budget, side: Side) -> dict[str, LoraFactors]:
@@ -106,23 +113,30 @@ def moved(
     Args:
         current: The global factors.
         sent: (what a client trained, what it started from, its weight), each of the client's rank and scale.
-        side: Which factor was trained.
+        side: Which factor was trained, or the core.
         learning_rate: The server's eta.
 
     Returns:
-        Factors of the same rank and scale, float32; the other side is untouched.
+        Factors of the same rank and scale, float32; what was not trained is untouched.
     """
-    rows, columns = current.A.astype(np.float64), current.B.astype(np.float64)
+    after = _of(current, side).astype(np.float64)
     for trained, start, weight in sent:
-        share = learning_rate * weight
-        if side == "A":
-            rows[: trained.rank] += share * (trained.A.astype(np.float64) - start.A)
-        else:
-            change = trained.B.astype(np.float64) - start.B
-            columns[:, : trained.rank] += share * (trained.scale / current.scale) * change
-    if side == "A":
-        return LoraFactors(rows.astype(np.float32), current.B, current.scale)
-    return LoraFactors(current.A, columns.astype(np.float32), current.scale)
+        share = learning_rate * weight * (1.0 if side == "A" else trained.scale / current.scale)
+        change = _of(trained, side).astype(np.float64) - _of(start, side)
+        after[tuple(slice(size) for size in change.shape)] += share * change
+    stored = after.astype(np.float32)
+    if side == "core":
+        return replace(current, core=stored)
+    return replace(current, A=stored) if side == "A" else replace(current, B=stored)
+
+
+def _of(factors: LoraFactors, side: Side) -> Array:
+    """The numbers of one side, which change where it is trained."""
+    if side != "core":
+        return factors.A if side == "A" else factors.B
+    if factors.core is None:
+        raise AdapterMismatch("core: expected a lora_core in every module, got factors alone.")
+    return factors.core
 
 
 def _check(
@@ -173,20 +187,41 @@ def ffa(nested: Nested) -> Strategy:
         The strategy. A release holds B alone, and nothing before the first aggregate.
     """
 
+    return _one_sided("ffa", "B", nested)
+
+
+def core(nested: Nested) -> Strategy:
+    """Fed-SB: orthonormal B and A are drawn once and frozen, the core is trained. Exact for unequal ranks, also by stragglers.
+
+    The paper takes B and A from a singular value decomposition of a first gradient on data, as LoRA-SB does. Here they depend on
+    the run's seed alone: a basis that depends on data would tell of them, and no ledger would count it.
+
+    Args:
+        nested: Ranks, scales, seed, and how updates are combined.
+
+    Returns:
+        The strategy. A release holds cores alone, r_k^2 numbers a module, and nothing before the first aggregate.
+    """
+    return _one_sided("core", "core", nested)
+
+
+def _one_sided(name: str, side: Side, nested: Nested) -> Strategy:
+    """One side is trained in every round, and the rest stays as it was drawn."""
+
     def init(spec: AdapterSpec) -> ServerState:
-        return nested_start(spec, nested)
+        return nested_start(spec, nested, side == "core")
 
     def release(state: ServerState, budget: Budget) -> Release:
-        lora = _slices(state, budget, "B") if state.round else {}
-        return Release(state.round, Adapter(lora, state.adapter.dense), train="B")
+        lora = _slices(state, budget, side) if state.round else {}
+        return Release(state.round, Adapter(lora, state.adapter.dense), train=side)
 
     def step(
         state: ServerState, updates: Sequence[Update], releases: Mapping[str, Release], rng: np.random.Generator
     ) -> ServerState:
-        _check(updates, releases, "ffa", state, "B")
-        return _stepped(state, updates, releases, nested, "B")
+        _check(updates, releases, name, state, side)
+        return _stepped(state, updates, releases, nested, side)
 
-    return Strategy("ffa", init, release, step, exact=True, linear=True, sides=("B",), stable_coordinates=True)
+    return Strategy(name, init, release, step, exact=True, linear=True, sides=(side,), stable_coordinates=True)
 
 
 def alternate(nested: Nested) -> Strategy:

@@ -14,12 +14,12 @@ FORMATS = ("fp32", "bf16", "nf4", "int8", "mixed", "int8wo", "fp8wo")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 _EXACT = ("recompress", "residual", "stack")
 # Clients find their factors in the same coordinates in every round.
-_STABLE = ("fedavg", "zeropad", "ffa")
+_STABLE = ("fedavg", "zeropad", "ffa", "core")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "task": ("causal-lm", "sequence-classification"),
-    "strategy.name": ("recompress", "residual", "stack", "fedavg", "zeropad", "flexlora", "ffa", "alternate"),
+    "strategy.name": ("recompress", "residual", "stack", "fedavg", "zeropad", "flexlora", "ffa", "alternate", "core"),
     "partition.kind": ("natural", "dirichlet", "iid", "shards"),
     "train.schedule": ("constant", "cosine"),
     "train.precision": ("auto", "fp32", "bf16"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamina.protos.adapter import Adapter, Array
+from lamina.protos.adapter import Adapter, Array, folded
 from lamina.protos.errors import CheckpointError, ConfigError
 from lamina.protos.files import append_durably, write_atomic, write_json
 from lamina.protos.layout import canonical
@@ -224,10 +224,10 @@ def plain(adapter: Adapter, metadata: Mapping[str, str] | None = None) -> bytes:
         metadata: Further metadata.
 
     Returns:
-        `<module>.lora_A.weight` (r, d_in), `<module>.lora_B.weight` (d_out, r), dense ones by name; `scales` in the metadata.
+        `<module>.lora_A.weight` (r, d_in), `<module>.lora_B.weight` (d_out, r) with a core folded in, dense ones by name; `scales` in the metadata.
     """
     tensors: dict[str, Array] = {}
-    for module, factors in adapter.lora.items():
+    for module, factors in ((module, folded(factors)) for module, factors in adapter.lora.items()):
         tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = factors.A, factors.B
     tensors.update(adapter.dense)
     scales = {module: factors.scale for module, factors in adapter.lora.items()}
