@@ -87,9 +87,9 @@ def trained(name: str, seed: int, budget: Budget, schema: AdapterSpec, instructi
     """What a site sends: its release, completed to its rank and moved a little; the same whenever it is asked the same."""
     rng = seeds.stream(seed, "synthetic", name, instruction.round)
     release = decode(instruction.release.read())
-    if instruction.train in ("A", "B"):
+    if instruction.train != "AB":
         parts = [release, None if instruction.frozen is None else decode(instruction.frozen.read())]
-        release = whole(parts, budget.train, budget.scale, schema.modules, seed)
+        release = whole(parts, budget.train, budget.scale, schema.modules, seed, instruction.train)
     lora = {}
     for module, rank in budget.train.items():
         d_out, d_in = schema.modules[module]
@@ -98,8 +98,11 @@ def trained(name: str, seed: int, budget: Budget, schema: AdapterSpec, instructi
         if got is not None:
             rows[: got.rank] = rows[: got.rank] * 0.1 + got.A
             columns[:, : got.rank] += got.B
-        lora[module] = LoraFactors(rows.astype(np.float32), columns.astype(np.float32), budget.scale[module])
-        if instruction.train in ("A", "B"):
+        core = None
+        if got is not None and got.core is not None:
+            core = (got.core + rng.normal(size=got.core.shape)).astype(np.float32)
+        lora[module] = LoraFactors(rows.astype(np.float32), columns.astype(np.float32), budget.scale[module], core)
+        if instruction.train != "AB":
             lora[module] = one_side(lora[module], instruction.train)
     dense = {
         one: (release.dense.get(one, first) + rng.normal(size=first.shape) * 0.1).astype(np.float32)

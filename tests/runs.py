@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from lamina.protos import compose
 from lamina.protos.adapter import Adapter
 from lamina.protos.config import Config
@@ -169,7 +171,12 @@ def same_bits(one: Adapter, other: Adapter) -> bool:
     lora = all(
         one.lora[m].A.tobytes() == other.lora[m].A.tobytes()
         and one.lora[m].B.tobytes() == other.lora[m].B.tobytes()
+        and _bits(one.lora[m].core) == _bits(other.lora[m].core)
         and one.lora[m].scale == other.lora[m].scale
         for m in one.lora
     )
     return lora and all(one.dense[name].tobytes() == other.dense[name].tobytes() for name in one.dense)
+
+
+def _bits(values: np.ndarray | None) -> bytes | None:
+    return None if values is None else values.tobytes()

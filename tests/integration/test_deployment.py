@@ -16,7 +16,7 @@ from tests import deployment
 from tests.runs import same_bits
 
 
-@pytest.mark.parametrize("strategy", ["recompress", "residual", "stack", "ffa", "alternate"])
+@pytest.mark.parametrize("strategy", ["recompress", "residual", "stack", "ffa", "alternate", "core"])
 @pytest.mark.parametrize("secure", [True, False])
 def test_the_adapter_is_that_of_a_run_in_memory(tmp_path: Path, strategy: str, secure: bool) -> None:
     spec_file = tmp_path / "spec.json"

@@ -32,7 +32,7 @@ def test_a_schema_that_does_not_name_the_sites_weights_is_refused() -> None:
             worker.begin(terms, replace(spec, hashes=hashes), {}, -1)
 
 
-@pytest.mark.parametrize("strategy", ["ffa", "alternate"])
+@pytest.mark.parametrize("strategy", ["ffa", "alternate", "core"])
 def test_a_worker_trains_and_measures_one_factor_a_round(tmp_path: Path, strategy: str) -> None:
     """From the terms alone: the rows that neither side sends are those of the run's seed."""
     rows = tmp_path / "rows.jsonl"

@@ -226,12 +226,18 @@ def gap(ours: Matrix, theirs: Matrix) -> float:
     return distance / norm if norm > 0 else distance
 
 
+def sides(factors: LoraFactors) -> dict[str, NDArray[Any]]:
+    """A, B, and the core where there is one."""
+    return {"A": factors.A, "B": factors.B} | ({} if factors.core is None else {"core": factors.core})
+
+
 def same_bits(first: Adapter, second: Adapter) -> bool:
     """Whether two adapters hold the same numbers, bit for bit."""
     if first.lora.keys() != second.lora.keys() or first.dense.keys() != second.dense.keys():
         return False
-    pairs = [(f.A, second.lora[m].A) for m, f in first.lora.items()]
-    pairs += [(f.B, second.lora[m].B) for m, f in first.lora.items()]
+    if any(sides(f).keys() != sides(second.lora[m]).keys() for m, f in first.lora.items()):
+        return False
+    pairs = [(value, sides(second.lora[m])[side]) for m, f in first.lora.items() for side, value in sides(f).items()]
     pairs += [(value, second.dense[name]) for name, value in first.dense.items()]
     return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in pairs) and all(
         f.scale == second.lora[m].scale for m, f in first.lora.items()
@@ -274,6 +280,6 @@ def adapter_of(seed: int, rank: int = 3, size: float = 1.0) -> Adapter:
 
 
 def arrays(adapter: Adapter) -> dict[str, NDArray[Any]]:
-    """All arrays of an adapter: `<module>.A`, `<module>.B`, and the dense ones by their names."""
-    sides = {f"{m}.{side}": getattr(f, side) for m, f in adapter.lora.items() for side in "AB"}
-    return sides | dict(adapter.dense)
+    """All arrays of an adapter: `<module>.A`, `<module>.B`, `<module>.core`, and the dense ones by their names."""
+    found = {f"{m}.{side}": value for m, f in adapter.lora.items() for side, value in sides(f).items()}
+    return found | dict(adapter.dense)

@@ -279,8 +279,8 @@ def test_weights_and_options_that_cannot_be_used_are_refused(name: str) -> None:
 def test_strategies_are_found_by_name_and_say_what_they_are() -> None:
     built = [build(name, Options({"q_proj": 4}, {"q_proj": SCALE})) for name in STRATEGIES]
     assert [strategy.name for strategy in built] == list(STRATEGIES)
-    assert {s.name for s in built if s.exact} == {"recompress", "residual", "stack", "ffa", "alternate"}
-    assert {s.name for s in built if s.linear} == {"ffa", "alternate"}
+    assert {s.name for s in built if s.exact} == {"recompress", "residual", "stack", "ffa", "alternate", "core"}
+    assert {s.name for s in built if s.linear} == {"ffa", "alternate", "core"}
     assert [s.name for s in built if s.released_view == "all_raw"] == ["stack"]
     assert [s.name for s in built if s.equal_ranks] == ["fedavg"]
     with pytest.raises(ConfigError, match="Did you mean recompress"):

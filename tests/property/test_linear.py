@@ -1,4 +1,4 @@
-"""The strategies that train one factor a round: exact for unequal ranks, and of nothing but sums."""
+"""The strategies that train one factor a round, or a core: exact for unequal ranks, and of nothing but sums."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from lamina.protos.blobs import blob
 from lamina.protos.codec import WIRE_FORMATS, WireFormat, decode, encode
 from lamina.protos.errors import AdapterMismatch
 from lamina.protos.messages import Update
-from lamina.protos.sides import filled, one_side, side_of, start_rows, whole
+from lamina.protos.orthonormal import orthonormal_rows
+from lamina.protos.sides import Side, filled, one_side, side_of, start_rows, whole
 from lamina.server.campaign import Campaign
 from lamina.server.releases import Sent, holding, released, started, trained
 from lamina.strategies import Options, build
@@ -41,11 +42,14 @@ from tests.property.oracles import (
     same_bits,
     sent,
     shares,
+    sides,
     strategy_of,
     update_of,
 )
 
-LINEAR = ("ffa", "alternate")
+LINEAR = ("ffa", "alternate", "core")
+# These train one and the same side in every round.
+STEADY = {"ffa": "B", "core": "core"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ def half_moved(start: Adapter, side: str, seed: int, *names: object) -> Adapter:
     for module, f in start.lora.items():
         rows = f.A + (normal(f.A.shape, seed, *names, module, "A") / np.float32(4) if side == "A" else 0)
         columns = f.B + (normal(f.B.shape, seed, *names, module, "B") / np.float32(4) if side == "B" else 0)
-        lora[module] = one_side(LoraFactors(rows, columns, f.scale), side)  # type: ignore[arg-type]
+        core = f.core if f.core is None else f.core + normal(f.core.shape, seed, *names, module, "core")
+        lora[module] = one_side(LoraFactors(rows, columns, f.scale, core), side)  # type: ignore[arg-type]
     return Adapter(lora, {n: v + normal(v.shape, seed, *names, n) for n, v in start.dense.items()})
 
 
@@ -98,6 +103,14 @@ def rounds_of(
         after = campaign.strategy.step(state, updates, releases, UNUSED)
         yield Round(state, updates, releases, after, out, tuple(back))
         state = after
+
+
+def divided(factors: LoraFactors, times: float) -> LoraFactors:
+    """The same product at a scale of so many times."""
+    scale = factors.scale * times
+    if factors.core is not None:
+        return replace(factors, core=factors.core / np.float32(times), scale=scale)
+    return replace(factors, B=factors.B / np.float32(times), scale=scale)
 
 
 def side_trained(played: Round) -> str:
@@ -143,10 +156,30 @@ def test_zero_padded_factors_are_a_mean_of_products_over_one_a(federation: Feder
         assert np.array_equal(stored.A, start_rows(0, module, stored.rank, SHAPES[module][1]))
 
 
+@given(federation=federations(least=2))
+def test_zero_padded_cores_are_a_mean_of_products(federation: Federation) -> None:
+    """sum_k p_k s_k B[:, :r_k] C_k A[:r_k] == s B (sum_k p_k (s_k / s) [C_k, 0; 0, 0]) A, written out."""
+    (played,) = rounds_of(campaign_of("core", federation), federation, [federation.members])
+    weights = shares(played.updates)
+    for module, stored in played.after.adapter.lora.items():
+        core = np.zeros((stored.rank, stored.rank))
+        for update in played.back:
+            if module in update.adapter.lora:
+                f = update.adapter.lora[module]
+                core[: f.rank, : f.rank] += weights[update.client_id] * f.scale / stored.scale * f.core
+        assert gap(stored.core, core) <= TOLERANCE
+        d_out, d_in = SHAPES[module]
+        assert np.array_equal(stored.A, orthonormal_rows(0, "core-rows", module, stored.rank, d_in))
+        assert np.array_equal(stored.B, orthonormal_rows(0, "core-columns", module, stored.rank, d_out).T)
+
+
+@pytest.mark.parametrize("name", STEADY)
 @pytest.mark.parametrize("wire", WIRE_FORMATS)
 @given(data=st.data(), federation=federations())
-def test_ffa_is_exact_in_every_wire_format(wire: WireFormat, data: st.DataObject, federation: Federation) -> None:
-    campaign = campaign_of("ffa", federation, wire)
+def test_with_frozen_factors_it_is_exact_in_every_wire_format(
+    name: str, wire: WireFormat, data: st.DataObject, federation: Federation
+) -> None:
+    campaign = campaign_of(name, federation, wire)
     for played in rounds_of(campaign, federation, drawn_rounds(data, federation)):
         for module, stored in played.after.adapter.lora.items():
             assert gap(product(stored), dense_target(played, module, shares(played.updates))) <= TOLERANCE
@@ -176,9 +209,12 @@ def test_contributors_renormalise_by_layer(name: str, federation: Federation) ->
             assert gap(product(stored), mean_product(those, module)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", STEADY)
 @given(data=st.data(), federation=federations(least=2))
-def test_a_straggler_of_ffa_counts_exactly_in_a_later_round(data: st.DataObject, federation: Federation) -> None:
-    campaign = campaign_of("ffa", federation)
+def test_a_straggler_counts_exactly_in_a_later_round(
+    name: str, data: st.DataObject, federation: Federation
+) -> None:
+    campaign = campaign_of(name, federation)
     early = drawn_rounds(data, federation, 2)
     *_, first = rounds_of(campaign, federation, early)
     late, others = federation.members[0], federation.members[1:]
@@ -197,7 +233,7 @@ def test_a_straggler_of_ffa_counts_exactly_in_a_later_round(data: st.DataObject,
 
 def change_of(state: ServerState, after: ServerState, module: str) -> dict[str, np.ndarray]:
     one, two = state.adapter.lora[module], after.adapter.lora[module]
-    return {side: getattr(two, side).astype(np.float64) - getattr(one, side) for side in "AB"}
+    return {side: sides(two)[side].astype(np.float64) - value for side, value in sides(one).items()}
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -214,7 +250,7 @@ def test_the_change_of_all_is_the_weighted_sum_of_the_changes_of_parts(
     steps = [campaign.strategy.step(played.before, part, played.releases, UNUSED) for part in parts]
     for module in played.after.adapter.lora:
         ours = change_of(played.before, played.after, module)
-        for side in "AB":
+        for side in ours:
             added = sum(
                 sum(u.num_examples for u in part) / everything * change_of(played.before, step, module)[side]
                 for part, step in zip(parts, steps, strict=True)
@@ -233,23 +269,19 @@ def test_only_the_sum_of_what_is_sent_matters(name: str, federation: Federation,
     side, weights = side_trained(played), shares(played.updates)
     one, two = (played.updates[i].adapter.lora["q_proj"] for i in (0, 1))
     rank = min(one.rank, two.rank)
-    mask = normal((rank, 32) if side == "A" else (48, rank), seed, "mask").astype(np.float64)
+    shape = {"A": (rank, 32), "B": (48, rank), "core": (rank, rank)}[side]
+    mask = normal(shape, seed, "mask").astype(np.float64)
     masked = []
     for sign, update, f in ((1, played.updates[0], one), (-1, played.updates[1], two)):
-        share = weights[update.client_id] * (f.scale if side == "B" else 1.0)
+        share = weights[update.client_id] * (1.0 if side == "A" else f.scale)
         added = (sign * mask * 0.1 / share).astype(np.float32)
-        rows, columns = f.A.copy(), f.B.copy()
-        if side == "A":
-            rows[:rank] += added
-        else:
-            columns[:, :rank] += added
-        masked.append(
-            replace(update, adapter=Adapter({"q_proj": LoraFactors(rows, columns, f.scale)}, update.adapter.dense))
-        )
+        values = sides(f)[side].copy()
+        values[: added.shape[0], : added.shape[1]] += added
+        masked.append(replace(update, adapter=Adapter({"q_proj": replace(f, **{side: values})}, update.adapter.dense)))
     after = campaign.strategy.step(played.before, [*masked, *played.updates[2:]], played.releases, UNUSED)
     ours, theirs = after.adapter.lora["q_proj"], played.after.adapter.lora["q_proj"]
-    assert gap(ours.A, theirs.A) <= 20 * TOLERANCE
-    assert gap(ours.B, theirs.B) <= 20 * TOLERANCE
+    for side, value in sides(ours).items():
+        assert gap(value, sides(theirs)[side]) <= 20 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -281,15 +313,14 @@ def test_rounds_in_which_nobody_trains_change_no_bit(
 @given(data=st.data(), federation=federations())
 def test_only_the_factor_of_the_round_moves(name: str, data: st.DataObject, federation: Federation) -> None:
     for played in rounds_of(campaign_of(name, federation), federation, drawn_rounds(data, federation)):
-        side = "B" if name == "ffa" or played.after.round % 2 else "A"
+        side = STEADY.get(name) or ("B" if played.after.round % 2 else "A")
         assert {release.train for release in played.releases.values()} == {side}
         assert {side_of(update.adapter, "") for update in played.back} == {side}
         for module, stored in played.after.adapter.lora.items():
             before = played.before.adapter.lora[module]
-            still, changed = ("A", "B") if side == "B" else ("B", "A")
-            assert np.array_equal(getattr(stored, still), getattr(before, still))
             trains = any(module in update.adapter.lora for update in played.updates)
-            assert np.array_equal(getattr(stored, changed), getattr(before, changed)) != trains
+            for one, value in sides(stored).items():
+                assert np.array_equal(value, sides(before)[one]) != (trains and one == side)
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -330,17 +361,17 @@ def test_the_scale_of_a_client_is_a_matter_of_its_own(name: str, federation: Fed
             assert gap(product(ours), product(theirs)) <= TOLERANCE
     for played in (first, second):
         one = played.updates[0]
-        at = {m: LoraFactors(f.A, f.B / np.float32(times), f.scale * times) for m, f in one.adapter.lora.items()}
+        at = {m: divided(f, times) for m, f in one.adapter.lora.items()}
         start = played.releases[one.client_id]
-        begun = {m: LoraFactors(f.A, f.B / np.float32(times), f.scale * times) for m, f in start.trainable.lora.items()}
+        begun = {m: divided(f, times) for m, f in start.trainable.lora.items()}
         again = replace(one, adapter=Adapter(at, one.adapter.dense))
         releases_then = {
             **played.releases, one.client_id: replace(start, trainable=Adapter(begun, start.trainable.dense))
         }  # fmt: skip
         after = strategy.step(played.before, [again, *played.updates[1:]], releases_then, UNUSED)
         for module, stored in after.adapter.lora.items():
-            assert gap(stored.A, played.after.adapter.lora[module].A) <= TOLERANCE
-            assert gap(stored.B, played.after.adapter.lora[module].B) <= TOLERANCE
+            for side, value in sides(stored).items():
+                assert gap(value, sides(played.after.adapter.lora[module])[side]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -357,10 +388,11 @@ def test_with_one_rank_it_is_the_mean_of_that_factor(name: str, rank: int, count
     federation = Federation(AdapterSpec({"q_proj": SHAPES["q_proj"]}), members, seed)
     fedavg = build("fedavg", Options({"q_proj": rank}, {"q_proj": 2.0}))
     for played in rounds_of(campaign_of(name, federation), federation, [members] * 2):
-        theirs = fedavg.step(replace(played.before, optimizer={}), played.updates, played.releases, UNUSED)
         ours = played.after.adapter.lora["q_proj"]
-        assert gap(ours.A, theirs.adapter.lora["q_proj"].A) <= TOLERANCE
-        assert gap(ours.B, theirs.adapter.lora["q_proj"].B) <= TOLERANCE
+        if name != "core":  # which fedavg knows nothing of
+            theirs = fedavg.step(replace(played.before, optimizer={}), played.updates, played.releases, UNUSED)
+            assert gap(ours.A, theirs.adapter.lora["q_proj"].A) <= TOLERANCE
+            assert gap(ours.B, theirs.adapter.lora["q_proj"].B) <= TOLERANCE
         side = side_trained(played)
         weights = shares(played.updates)
         mean = sum(
@@ -426,7 +458,7 @@ def test_half_goes_out_and_who_was_there_has_the_rest(wire: WireFormat, federati
         for played in later:
             for one in played.out.values():
                 halves = one.decoded.trainable
-                assert side_of(halves, "") in ("A", "B")
+                assert side_of(halves, "") in ("A", "B", "core")
                 assert set(halves.lora) == set(one.budget.train)
 
 
@@ -462,11 +494,43 @@ def test_the_common_rows_are_those_of_every_version() -> None:
     assert hashlib.sha256(rows.tobytes()).hexdigest()[:16] == "fa8e10dd566e6eee"
 
 
+@given(
+    rank=st.integers(1, 24), more=st.integers(0, 24), length=st.integers(1, 200), seed=st.integers(0, 2**40)
+)
+def test_orthonormal_rows_are_nested_and_orthonormal(rank: int, more: int, length: int, seed: int) -> None:
+    rank, most = min(rank, length), min(rank + more, length)
+    large, small = (orthonormal_rows(seed, "what", "q", count, length) for count in (most, rank))
+    assert large.dtype == np.float32
+    assert np.array_equal(large[:rank], small)
+    assert np.abs(large.astype(np.float64) @ large.T.astype(np.float64) - np.eye(most)).max() < 1e-6
+    with pytest.raises(AdapterMismatch, match="at most"):
+        orthonormal_rows(seed, "what", "q", length + 1, length)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 16, 37, 1000])
+def test_orthonormal_rows_are_those_of_a_cosine_transform(length: int) -> None:
+    """Against the library's cosine: signs and frequencies aside, the rows of the orthonormal DCT-II, each of them once."""
+    rows = orthonormal_rows(11, "what", "q", length, length).astype(np.float64)
+    f, j = np.arange(length)[:, None], np.arange(length)[None, :]
+    dct = np.sqrt(np.where(f == 0, 1, 2) / length) * np.cos(np.pi * (2 * j + 1) * f / (2 * length))
+    flat = [row for row in rows if np.abs(np.abs(row) - length**-0.5).max() < 1e-6]  # the row of frequency 0 is among them
+    found = [np.abs((rows * np.sign(row)) @ dct.T) for row in flat]
+    assert any(np.allclose(np.sort(one), np.eye(length)[-1], atol=1e-6) and (one > 0.5).any(axis=0).all() for one in found)
+
+
+def test_orthonormal_rows_are_those_of_every_version() -> None:
+    """Both ends draw them; only sums, products and square roots of float64, which IEEE 754 rounds alike, make them."""
+    rows = orthonormal_rows(7, "core-rows", "q_proj", 5, 37)
+    assert hashlib.sha256(rows.tobytes()).hexdigest()[:16] == "e83a5ef056894893"
+    assert not np.array_equal(rows, orthonormal_rows(7, "core-columns", "q_proj", 5, 37))
+    assert not np.array_equal(rows, orthonormal_rows(8, "core-rows", "q_proj", 5, 37))
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
 def other(side: str) -> str:
-    return "A" if side == "B" else "B"
+    return "A" if side == "B" else "B"  # of a core either
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -491,13 +555,18 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     full = LoraFactors(np.ones((2, 32), np.float32), np.ones((48, 2), np.float32), 2.0)
     rows, columns = Adapter({"q_proj": one_side(full, "A")}), Adapter({"q_proj": one_side(full, "B")})
 
-    def made(parts: Sequence[Adapter], rank: int = 2, scale: float = 2.0) -> LoraFactors:
-        return whole(parts, {"q_proj": rank}, {"q_proj": scale}, SHAPES, 0).lora["q_proj"]
+    def made(parts: Sequence[Adapter], rank: int = 2, scale: float = 2.0, side: Side = "B") -> LoraFactors:
+        return whole(parts, {"q_proj": rank}, {"q_proj": scale}, SHAPES, 0, side).lora["q_proj"]
 
     assert product(made([rows, columns])) == pytest.approx(product(full))
     for parts, rank, scale in (([rows, rows], 2, 2.0), ([columns], 3, 2.0), ([columns], 2, 1.0)):
         with pytest.raises(AdapterMismatch, match="each factor once"):
             made(parts, rank, scale)
+    core = Adapter({"q_proj": one_side(replace(full, core=np.ones((2, 2), np.float32)), "core")})
+    assert np.array_equal(made([core], side="core").core, np.ones((2, 2)))
+    for parts, side in (([core], "B"), ([columns], "core"), ([core, rows], "core"), ([Adapter({"q_proj": full})], "B")):
+        with pytest.raises(AdapterMismatch, match="each factor once"):
+            made(parts, side=side)  # type: ignore[arg-type]
     with pytest.raises(AdapterMismatch, match="one factor"):
         side_of(Adapter({"q_proj": full}), "here")
     with pytest.raises(AdapterMismatch, match="one factor"):
@@ -514,7 +583,7 @@ def test_the_strategies_say_that_they_are_linear() -> None:
         assert strategy.exact
         assert not strategy.equal_ranks
         assert strategy.released_view == "aggregate"
-        assert strategy.stable_coordinates == (name == "ffa")
+        assert strategy.stable_coordinates == (name in STEADY)
 
 
 def test_a_slice_is_of_the_same_slots() -> None:
