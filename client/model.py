@@ -187,7 +187,9 @@ def _fill_core(slot: Any, factors: LoraFactors | None, device: torch.device, tra
         return
     if core_of(slot) is None or slot.core.weight.shape != values.shape:
         rank = values.shape[0]
-        slot.core = torch.nn.utils.skip_init(torch.nn.Linear, rank, rank, bias=False, device=device)
+        slot.core = torch.nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            torch.nn.Linear, rank, rank, bias=False, device=device
+        )
     _fill(slot.core, values, device, trainable)
 
 
@@ -253,8 +255,9 @@ def trainable_parameters(base: Base) -> dict[str, torch.nn.Parameter]:
     found: dict[str, torch.nn.Parameter] = {}
     for module in base.spec.modules:
         layer = base.layer(module)
-        columns = layer.lora_B[SLOT]
-        for name, slot in (("lora_A", layer.lora_A[SLOT]), ("lora_B", columns), ("lora_core", core_of(columns))):
+        rows, columns = layer.lora_A[SLOT], layer.lora_B[SLOT]
+        slots: dict[str, Any] = {"lora_A": rows, "lora_B": columns, "lora_core": core_of(columns)}
+        for name, slot in slots.items():
             if slot is not None and slot.weight.requires_grad:
                 found[f"{module}.{name}"] = slot.weight
     for name in base.spec.dense:

@@ -1,7 +1,8 @@
 """Adapters and updates to bytes and back: safetensors layout, four number formats, every check before use.
 
 Formats: `fp32`; `bf16` and `fp16`, rounded to nearest even; `int8` with one float32 scale per rank row (a row of A, a
-column of B, a row of a core) and stochastic rounding, unbiased but for the row's largest entry, whose relative error is below 2**-16.
+column of B, a row of a core) and stochastic rounding, unbiased but for the row's largest entry, whose relative error is below
+2**-16.
 Decoding and encoding again gives the same numbers in every format, so an adapter that nobody trained costs nothing.
 Dense parameters travel in float32 under int8. Values are not trusted: finiteness and shapes are checked by the receiver.
 """
@@ -144,7 +145,7 @@ def _packed(name: str, values: Array, wire: WireFormat, rng: np.random.Generator
     if rng is None:
         raise AdapterMismatch("int8 needs a random generator for its rounding. Pass rng.")
     steps, scales = to_int8(values, rng)
-    return {name: steps, name + _ROW_SCALE: scales}
+    return {name: steps} if values.size == 0 else {name: steps, name + _ROW_SCALE: scales}
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _adapter(parsed: _Parsed) -> Adapter:
     if not isinstance(scales, dict) or not all(_is_number(value) for value in scales.values()):
         raise UpdateRejected("malformed", "expected `scales` to map modules to positive numbers.")
     tensors = parsed.tensors
-    row_scales = {name + _ROW_SCALE for name in tensors if name.endswith(_FACTORS)} if wire == "int8" else set()
+    row_scales = {name + _ROW_SCALE for name, tensor in tensors.items() if _by_row(name, tensor, wire)}
     names = [name for name in tensors if name not in row_scales]
     for name in names:
         _check_format(name, tensors, wire, code)
@@ -256,12 +257,17 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12
 
 
+def _by_row(name: str, tensor: Tensor, wire: str) -> bool:
+    """Whether a tensor has a scale for each of its rows; one without numbers has none."""
+    return wire == "int8" and name.endswith(_FACTORS) and 0 not in tensor.shape
+
+
 def _check_format(name: str, tensors: Mapping[str, Tensor], wire: str, code: Any) -> None:
     tensor, factor = tensors[name], name.endswith(_FACTORS)
     expected = code if factor or wire != "int8" else np.float32
     if tensor.dtype != expected:
         raise UpdateRejected("malformed", f"{name}: expected {wire} numbers, got {tensor.dtype}.")
-    if wire != "int8" or not factor:
+    if not _by_row(name, tensor, wire):
         return
     scales = tensors.get(name + _ROW_SCALE)
     shape = tensor.shape
@@ -274,7 +280,7 @@ def _unpacked(name: str, tensors: Mapping[str, Tensor], wire: str) -> Array:
     values = tensors[name].read()
     if wire == "bf16":
         return from_bf16(values)
-    if wire != "int8" or not name.endswith(_FACTORS):
+    if not _by_row(name, tensors[name], wire):
         return values.astype(np.float32)
     scales = tensors[name + _ROW_SCALE].read()
     with np.errstate(over="ignore", invalid="ignore"):  # hostile scales: finiteness is admission's to check

@@ -2,8 +2,8 @@
 
 Row i of frequency f is sign_j * sqrt(2 / n) * cos(pi (2 j + 1) f / (2 n)): with one sign for each position the rows stay exactly
 orthonormal, and with distinct frequencies in random order they sketch a space about as well as Gaussian ones (Tropp 2011,
-arXiv:1011.1595). No row depends on how many are asked for, so those of a smaller rank are the first of a larger one, and none costs
-more than its length; Gram-Schmidt would cost rank times as much, and its sums depend on the order in which a library adds.
+arXiv:1011.1595). No row depends on how many are asked for, so those of a smaller rank are the first of a larger one. Each costs
+its length; Gram-Schmidt would cost rank times as much, and its sums depend on the order in which a library adds.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def orthonormal_rows(seed: int, what: str, module: str, rank: int, length: int) 
         raise AdapterMismatch(f"{module}: expected at most {length} orthonormal rows of that length, got rank {rank}.")
     raw = np.asarray(seeds.stream(seed, what, module).bit_generator.random_raw(2 * length), np.uint64)
     signs = np.where(raw[:length] >> np.uint64(63), 1.0, -1.0)
-    frequencies = np.argsort(raw[length:], kind="stable")[:rank]
-    at = (2 * np.arange(length) + 1) * frequencies[:, None] % (4 * length)
+    frequencies = np.argsort(raw[length:], kind="stable")[:rank].reshape(-1, 1).astype(np.int64)
+    at = (2 * np.arange(length, dtype=np.int64) + 1) * frequencies % (4 * length)
     scale = np.where(frequencies == 0, np.sqrt(1.0 / length), np.sqrt(2.0 / length))
-    return np.asarray(_cosines(length)[at] * (scale[:, None] * signs), np.float32)
+    return np.asarray(_cosines(length)[at] * (scale * signs), np.float32)
 
 
 @lru_cache(maxsize=16)

@@ -80,7 +80,9 @@ class AdapterSpec:
         rank = factors.rank
         if (factors.core is not None) != (sides == "core"):
             wanted, got = ("a lora_core", "none") if sides == "core" else ("no lora_core", "one")
-            raise AdapterMismatch(f"{where}: expected {wanted} for {module}, got {got}. Check strategy.name on both sides.")
+            raise AdapterMismatch(
+                f"{where}: expected {wanted} for {module}, got {got}. Check strategy.name on both sides."
+            )
         if factors.A.shape != (rank, d_in) or factors.B.shape != (d_out, rank):
             raise AdapterMismatch(
                 f"{where}: expected {module}.lora_A of shape (r, {d_in}) and lora_B of shape ({d_out}, r), "

@@ -186,7 +186,6 @@ def ffa(nested: Nested) -> Strategy:
     Returns:
         The strategy. A release holds B alone, and nothing before the first aggregate.
     """
-
     return _one_sided("ffa", "B", nested)
 
 

@@ -224,7 +224,8 @@ def plain(adapter: Adapter, metadata: Mapping[str, str] | None = None) -> bytes:
         metadata: Further metadata.
 
     Returns:
-        `<module>.lora_A.weight` (r, d_in), `<module>.lora_B.weight` (d_out, r) with a core folded in, dense ones by name; `scales` in the metadata.
+        `<module>.lora_A.weight` (r, d_in), `<module>.lora_B.weight` (d_out, r) with a core folded in, dense ones by name;
+        `scales` in the metadata.
     """
     tensors: dict[str, Array] = {}
     for module, factors in ((module, folded(factors)) for module, factors in adapter.lora.items()):

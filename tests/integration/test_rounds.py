@@ -120,7 +120,9 @@ def test_loading_changes_no_product(llama: Path, notes: Path, rank: int) -> None
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_learns_in_two_rounds(llama: Path, notes: Path, strategy: str) -> None:
     ranks = "clients.ranks=4" if strategy == "fedavg" else "clients.ranks=[4,2,1]"
-    config = small(llama, notes, f"strategy={strategy}", ranks, "train.local_steps=8")
+    rate = 0.1 if strategy == "core" else 0.02  # of orthonormal factors, a step moves the product by rate x rank only
+    words = [f"strategy={strategy}", ranks, "train.local_steps=8", f"train.learning_rate={rate}"]
+    config = small(llama, notes, *words)
     prepared = prepare(config)
     base = engine.evaluate(prepared, Adapter(), config, "base").loss
     outcome = play(config, prepared)
