@@ -93,10 +93,12 @@ def load_plain(run_dir: Path, negotiated: AdapterSpec, model: str) -> tuple[torc
             "pad_token_id": load_tokenizer(source).pad_token_id,
         }
     try:
-        base = auto.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **more)
+        base, info = auto.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **more
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"model={source}: expected the run's base model, got: {str(error).splitlines()[0]}") from None
-    kept = {name: value for name, value in base.state_dict().items() if name not in negotiated.dense}
+    kept = {name: value for name, value in base.state_dict().items() if name not in info["missing_keys"]}
     if hash_weights(kept) != negotiated.hashes.get("weights"):
         raise AdapterMismatch(
             f"{run_dir}: expected the base with weights {negotiated.hashes.get('weights', '')[:12]}…, {source} has others. "

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
+from lamina.client import kinds
 from lamina.client.hardware import pick_device, profile
 from lamina.client.hashes import hash_chat_template, hash_config, hash_tokenizer, hash_weights
 from lamina.client.model import Base, set_checkpointing
@@ -69,7 +70,8 @@ class BaseOptions:
         revision: Commit of a hub id.
         task: `causal-lm` or `sequence-classification`.
         labels: Ordered label list, for classification.
-        target_modules: Suffixes, or `all-linear`.
+        kind: What is trained, see `kinds`.
+        target_modules: Suffixes, or `all-linear`; of kind `lora`.
         seed: Of newly initialised parameters.
         device: `auto` or a torch device.
         format: Number format of the linear layers, of `formats.FORMATS`; `auto` is that of a copy, fp32 of another base.
@@ -83,6 +85,7 @@ class BaseOptions:
     revision: str = ""
     task: str = "causal-lm"
     labels: tuple[str, ...] = ()
+    kind: str = "lora"
     target_modules: str | Sequence[str] = "all-linear"
     seed: int = 0
     device: str = "auto"
@@ -103,8 +106,8 @@ def load_base(options: BaseOptions) -> Base:
         The base with rank-0 slots in every target module.
 
     Raises:
-        ConfigError: If the model cannot be loaded, lacks weights for a causal-lm, has none of the target modules, or cannot be
-            had in the number format.
+        ConfigError: If the model cannot be loaded, lacks weights for a causal-lm, has none of the target modules or nothing of
+            the kind to train, or cannot be had in the number format.
     """
     source = resolved(options.source)
     tokenizer = load_tokenizer(source, options.revision)
@@ -116,18 +119,21 @@ def load_base(options: BaseOptions) -> Base:
     compute = formats.DTYPES[options.compute]
     known = dict(copy.base) if copy else {}
     left_out: Sequence[str] = ()
-    drawn: dict[str, Array] = {}  # the same first values in whatever format
-    whole: set[str] = set()  # modules with new parameters, which are trained whole and not quantised
+    first: dict[str, Array] = {}  # of what is trained whole, the same values in whatever format
+    whole: set[str] = set()  # modules of these, which are not quantised
     exact: dict[str, torch.Tensor] = {}
     if not copy and options.format != "fp32":
         # The hashes are those of the full-precision base, which is dropped before the smaller one is made, or becomes it.
         model, missing = load_model(source, replace(options, format="fp32"), tokenizer, "auto")
-        whole = {name.rpartition(".")[0] for name in missing}
+        first = _values(model, kinds.whole(model, options.kind, options.task, missing))
+        linears = linear_layers(model)
+        whole = {name.rpartition(".")[0] for name in missing} | (
+            {name.rpartition(".")[0] for name in first} & set(linears)
+        )
         left_out = [*not_quantised(model, options.format, options.compute), *sorted(whole)]
-        drawn = {name: model.get_parameter(name).detach().float().cpu().numpy().copy() for name in missing}
         known = {"weights": weights_hash(model, missing), "config": hash_config(model.config)}
         if options.compensation:
-            kept = [module for module in linear_layers(model) if module not in whole]
+            kept = [module for module in linears if module not in whole]
             exact = {module: model.get_submodule(module).weight.detach() for module in kept}
     if options.format == "mixed" and copy is None:
         shapes = {module: shape for module, shape in linear_layers(model).items() if module not in whole}
@@ -150,13 +156,12 @@ def load_base(options: BaseOptions) -> Base:
         "tokenizer": hash_tokenizer(tokenizer),
         "chat_template": hash_chat_template(tokenizer),
     }
-    targets = target_modules(model, options.target_modules, new)
-    dense = drawn or {name: model.get_parameter(name).detach().float().cpu().numpy().copy() for name in new}
+    targets = kinds.adapted(model, options.kind, options.target_modules, new)
     spec = AdapterSpec(
         modules=targets,
         task=options.task,
         labels=options.labels,
-        dense=dense,
+        dense=first or _values(model, kinds.whole(model, options.kind, options.task, new)),
         base_model=copy.base_model if copy else options.source,
         hashes=hashes,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
@@ -168,6 +173,15 @@ def load_base(options: BaseOptions) -> Base:
     if options.checkpointing:
         set_checkpointing(base, True)
     return base
+
+
+def _values(model: Any, names: Sequence[str]) -> dict[str, Array]:
+    """Copies in float32."""
+    found = {name: model.get_parameter(name).detach() for name in names}
+    codes = [name for name, values in found.items() if not values.dtype.is_floating_point]
+    if codes:
+        raise ConfigError(f"adapter.kind: expected numbers to train, got the codes of a quantised copy in {codes[:3]}.")
+    return {name: values.float().cpu().numpy().copy() for name, values in found.items()}
 
 
 def _with_format(options: BaseOptions, copy: copies.Manifest | None, device: torch.device) -> BaseOptions:
@@ -340,44 +354,6 @@ def first_line(error: BaseException) -> str:
     """
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def target_modules(model: Any, wanted: str | Sequence[str], new: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """The modules to adapt, by full name, with (d_out, d_in).
-
-    Args:
-        model: A transformers model.
-        wanted: Suffixes such as `q_proj`, or `all-linear`: every linear layer but the output head.
-        new: Newly initialised parameters; their modules are trained whole instead.
-
-    Returns:
-        Module -> shape, in the model's order.
-
-    Raises:
-        ConfigError: If a suffix matches nothing; the suffixes that exist are listed.
-    """
-    head = model.get_output_embeddings()
-    whole = {name.rsplit(".", 1)[0] for name in new}
-    linear: dict[str, tuple[int, int]] = {}
-    for name, module in model.named_modules():
-        if module is head or name in whole:
-            continue
-        if isinstance(module, torch.nn.Linear):
-            linear[name] = (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            linear[name] = (int(module.weight.shape[1]), int(module.weight.shape[0]))
-    suffixes = [wanted] if isinstance(wanted, str) else list(wanted)
-    if suffixes == ["all-linear"]:
-        return linear
-    for suffix in suffixes:
-        if not any(_matches(name, suffix) for name in linear):
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ConfigError(f"lora.target_modules: this model has no {suffix!r}. It has: {', '.join(known)}.")
-    return {name: shape for name, shape in linear.items() if any(_matches(name, suffix) for suffix in suffixes)}
-
-
-def _matches(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith("." + suffix)
 
 
 def _check_format(model: Any, copy: copies.Manifest, source: str) -> None:

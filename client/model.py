@@ -182,7 +182,7 @@ def _fill(slot: Any, values: Array, device: torch.device, trainable: bool) -> No
 def _fill_core(slot: Any, factors: LoraFactors | None, device: torch.device, trainable: bool) -> None:
     """Put a core, or none, before the columns of a slot, as a linear layer of its own."""
     values = None if factors is None else factors.core
-    if values is None:
+    if values is None or not values.size:
         slot.core = None
         return
     if core_of(slot) is None or slot.core.weight.shape != values.shape:

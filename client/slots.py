@@ -1,4 +1,4 @@
-"""Making a loaded model ready: LoRA slots in every adapted module, and layers that would train wrongly mended."""
+"""Making a loaded model ready: LoRA slots in every adapted module, if there are some, and layers that would train wrongly mended."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from lamina.client.model import PREFIX, SLOT, Base, FrozenHook, head_splits, put, through_core
 from lamina.client.quantised import formats, int8_layers, odd_rows, selftest
@@ -39,7 +40,11 @@ def with_slots(
     model = get_peft_model(
         model,
         PeftLoraConfig(
-            r=1, lora_alpha=1, target_modules=list(spec.modules), fan_in_fan_out=spec.fan_in_fan_out, lora_dropout=0.0
+            r=1,
+            lora_alpha=1,
+            target_modules=list(spec.modules) or DUMMY_TARGET_MODULES,
+            fan_in_fan_out=spec.fan_in_fan_out,
+            lora_dropout=0.0,
         ),
     )
     model.requires_grad_(False)

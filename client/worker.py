@@ -188,7 +188,7 @@ class SiteWorker:
     def _with_base(self, config: Config, spec: AdapterSpec) -> Base:
         targets = config.lora.target_modules
         quantisation = config.quantisation
-        key = (config.task, spec.labels, str(targets), config.seed, str(quantisation))
+        key = (config.task, spec.labels, config.adapter.kind, str(targets), config.seed, str(quantisation))
         if self._base is None or key != self._loaded:
             self._say(f"loading {config.model.source}")
             options = BaseOptions(
@@ -196,6 +196,7 @@ class SiteWorker:
                 revision=config.model.revision,
                 task=config.task,
                 labels=spec.labels,
+                kind=config.adapter.kind,
                 target_modules=targets,
                 seed=config.seed,
                 device=config.train.device,
@@ -217,8 +218,8 @@ class SiteWorker:
                 )
         if mine.modules != spec.modules or set(mine.dense) != set(spec.dense):
             raise AdapterMismatch(
-                f"model.source={config.model.source}: expected the modules of the run's schema, got others. "
-                "Run `lamina spec` with the same target_modules, task and labels as the coordinator."
+                f"model.source={config.model.source}: expected the modules and whole parameters of the run's schema, got others. "
+                "Run `lamina spec` with the same kind, target_modules, task and labels as the coordinator."
             )
         self._base.spec = spec
         check_length(self._base, config.train.max_length)

@@ -16,6 +16,8 @@ from lamina.protos.files import write_atomic, write_folder
 from lamina.protos.spec import AdapterSpec
 
 _PREFIX = "base_model.model."
+# Peft's word for an adapter that has none and brings parameters that were trained whole, all the same.
+_NO_FACTORS = "dummy-target-modules"
 _RELEASED = """
 Each site measured, on its own text, what it had received: this adapter, cut to the site's rank. Nobody measured the whole.
 """
@@ -45,7 +47,7 @@ def peft_config(adapter: Adapter, spec: AdapterSpec) -> dict[str, Any]:
         "lora_alpha": rank,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
-        "target_modules": sorted(adapter.lora),
+        "target_modules": sorted(adapter.lora) or _NO_FACTORS,
         "modules_to_save": heads or None,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -121,9 +123,9 @@ def write_card(folder: Path, summary: Mapping[str, Any], spec: AdapterSpec, conf
     card = f"""---
 base_model: {spec.base_model}
 library_name: peft
-tags: [lora, federated-learning, lamina]
+tags: [{"lora, " if spec.modules else ""}federated-learning, lamina]
 ---
-# Federated LoRA adapter
+# Federated {"LoRA adapter" if spec.modules else "adapter"}
 
 Trained by {summary["clients"]} clients over {rounds} rounds with Lamina's `{summary["strategy"]}` strategy
 (run `{summary["run_id"]}`, seed {summary["seed"]}).

@@ -87,6 +87,13 @@ def open_run(config: Config, path: Path, log: Log, clock: Clock) -> Opened:
     spec = specs.read(spec_path)
     if spec.task != config.task:
         raise ConfigError(f"task={config.task}: expected {spec.task}, the task of {spec_path}. Set task={spec.task}.")
+    kind = config.adapter.kind
+    if (kind == "lora") != bool(spec.modules):
+        there = f"{len(spec.modules)} modules with factors" if spec.modules else "none with factors"
+        raise ConfigError(
+            f"adapter.kind={kind}: expected the kind that {spec_path} was written for, which has {there}. Set adapter.kind, or "
+            f"write the file with `lamina spec MODEL kind={kind}`."
+        )
     known = (path / DATABASE).exists()
     if not known:
         run_directory.create(path, compose.to_yaml(config, coordinator_keys()))

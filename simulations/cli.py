@@ -92,7 +92,13 @@ class _Shared:
 
     def get(self, config: Config, watcher: Terminal) -> Prepared:
         parts = [config.data, config.model, config.task, config.partition, config.clients.count, config.evaluate]
-        parts += [config.lora.target_modules, config.train.max_length, config.train.device, config.seed]
+        parts += [
+            config.adapter.kind,
+            config.lora.target_modules,
+            config.train.max_length,
+            config.train.device,
+            config.seed,
+        ]
         key = repr([*parts, config.quantisation])
         if self._prepared is None or key != self._key:
             self._prepared = None

@@ -70,6 +70,7 @@ def prepare(config: Config, say: Callable[[str], None] = lambda text: None) -> P
         revision=config.model.revision,
         task=task,
         labels=labels,
+        kind=config.adapter.kind,
         target_modules=config.lora.target_modules,
         seed=config.seed,
         device=config.train.device,

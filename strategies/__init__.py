@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lamina.protos.errors import ConfigError, nearest
 from lamina.strategies.base import ServerState, Strategy, Weighting
@@ -45,11 +45,21 @@ def build(name: str, options: Options) -> Strategy:
         options: Of the run.
 
     Returns:
-        The strategy.
+        The strategy. Where no module has factors, it is that name's mean of dense parameters, and says of itself what holds of
+        one: exact, linear, in stable coordinates, of any ranks, and nobody sees more than the aggregate.
 
     Raises:
         ConfigError: If the name is unknown, or the strategy cannot use an option.
     """
+    found = _named(name, options)
+    if options.rank:
+        return found
+    return replace(
+        found, exact=True, equal_ranks=False, linear=True, released_view="aggregate", stable_coordinates=True
+    )
+
+
+def _named(name: str, options: Options) -> Strategy:
     rule = Rule(options.rank_cap, options.weighting, options.learning_rate)
     nested = Nested(options.rank, options.scale, options.seed, options.weighting, options.learning_rate)
     shared = Shared(options.rank, options.scale, options.seed, options.weighting)

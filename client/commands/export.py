@@ -9,6 +9,7 @@ from pathlib import Path
 from lamina.client.export import export_adapter, merge
 from lamina.client.loading import BaseOptions, load_base
 from lamina.client.model import quiet
+from lamina.protos.config import KINDS
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import write_atomic
 from lamina.protos.words import flag, parsed
@@ -27,7 +28,7 @@ output: default RUN_DIR/export"""
 
 _SPEC = """\
 usage: lamina spec MODEL [output=spec.json] [task=causal-lm|sequence-classification] [labels=a,b,c]
-                   [target_modules=q_proj,v_proj] [revision=COMMIT] [seed=0] [--json]
+                   [kind=lora|norm|head] [target_modules=q_proj,v_proj] [revision=COMMIT] [seed=0] [--json]
 
 Writes the schema that a coordinator needs of a model: modules, shapes, labels, first values of what is trained whole, and the
 base's hashes. The coordinator never loads the model.
@@ -77,6 +78,7 @@ def _spec(words: Sequence[str], as_json: bool) -> int:
         "output": "spec.json",
         "task": "causal-lm",
         "labels": "",
+        "kind": "lora",
         "target_modules": "all-linear",
         "revision": "",
         "seed": "0",
@@ -91,6 +93,8 @@ def _spec(words: Sequence[str], as_json: bool) -> int:
         raise ConfigError(
             "labels: expected an ordered list of two or more for sequence-classification, and none otherwise."
         )
+    if settings["kind"] not in KINDS:
+        raise ConfigError(f"kind={settings['kind']}: expected one of {', '.join(KINDS)}, as adapter.kind.")
     if not settings["seed"].isdigit():
         raise ConfigError(f"seed={settings['seed']}: expected a whole number.")
     options = BaseOptions(
@@ -98,6 +102,7 @@ def _spec(words: Sequence[str], as_json: bool) -> int:
         revision=settings["revision"],
         task=settings["task"],
         labels=labels,
+        kind=settings["kind"],
         target_modules=settings["target_modules"].split(","),
         seed=int(settings["seed"]),
         device="cpu",
@@ -110,6 +115,6 @@ def _spec(words: Sequence[str], as_json: bool) -> int:
         "dense": sorted(spec.dense),
         "hashes": dict(spec.hashes),
     }
-    told = f"{settings['output']}: {len(spec.modules)} modules; SHA-256 of the weights {spec.hashes.get('weights')}"
+    told = f"{settings['output']}: {len(spec.modules)} modules, {len(spec.dense)} parameters trained whole; SHA-256 of the weights {spec.hashes.get('weights')}"
     print(json.dumps(summary, indent=1) if as_json else told)
     return 0

@@ -2,6 +2,7 @@
 
 from lamina.protos.config.checks import (
     FORMATS,
+    KINDS,
     OPTIMIZERS,
     check_micro_batch,
     checked,
@@ -36,6 +37,7 @@ from lamina.protos.config.tree import (
 
 __all__ = [
     "FORMATS",
+    "KINDS",
     "OPTIMIZERS",
     "SHORTHANDS",
     "SITE_KEYS",

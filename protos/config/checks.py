@@ -11,6 +11,7 @@ from lamina.protos.config.tree import Config, value_of
 from lamina.protos.errors import ConfigError, nearest
 
 FORMATS = ("fp32", "bf16", "nf4", "int8", "mixed", "int8wo", "fp8wo")
+KINDS = ("lora", "norm", "head")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 _EXACT = ("recompress", "residual", "stack")
 # Clients find their factors in the same coordinates in every round.
@@ -29,7 +30,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "evaluate.split": ("test", "tune"),
     "data.loss_on": ("auto", "response", "all"),
     "engine": ("sequential",),
-    "adapter.kind": ("lora",),
+    "adapter.kind": KINDS,
     "lora.allocation": ("uniform", "importance"),
     "train.optimizer": ("auto", *OPTIMIZERS),
     "quantisation.compute": ("auto", "fp32", "bf16", "fp16"),
@@ -160,15 +161,17 @@ def _check_together(config: Config) -> None:
     clients = config.clients
     ranks = per_client(clients.ranks, clients.count, "clients.ranks")
     per_client(clients.join_round, clients.count, "clients.join_round")
-    if config.strategy.name == "fedavg" and len(set(ranks)) > 1:
+    factors = config.adapter.kind == "lora"
+    if config.strategy.name == "fedavg" and len(set(ranks)) > 1 and factors:
         raise ConfigError(
             f"strategy=fedavg averages factors and needs one rank, got clients.ranks={ranks}. "
             "Set clients.ranks to one value, or strategy=recompress, which is exact for unequal ranks."
         )
+    _check_kind(config)
     _check_allocation(config)
     if not config.client.coordinator:  # else the batch is the run's, which the site learns from the terms
         check_micro_batch(config)
-    if config.train.keep_optimizer and config.strategy.name not in _STABLE:
+    if config.train.keep_optimizer and config.strategy.name not in _STABLE and factors:
         why = "trains another factor" if config.strategy.name == "alternate" else "factorises anew"
         raise ConfigError(
             f"train.keep_optimizer=true: {config.strategy.name} {why} each round, so the kept moments would "
@@ -235,6 +238,24 @@ def check_micro_batch(config: Config) -> None:
             f"train.micro_batch={micro}: expected a divisor of train.batch_size={config.train.batch_size}, so that the batch "
             "stays what the experiment asks. Set one, or leave it out."
         )
+
+
+def _check_kind(config: Config) -> None:
+    kind, task = config.adapter.kind, config.task
+    if kind == "head" and task != "sequence-classification":
+        raise ConfigError(
+            f"adapter.kind=head: expected task=sequence-classification, got task={task}, whose output head is as large as its "
+            "vocabulary. Set adapter.kind=norm or lora."
+        )
+    for key, value, usual in (
+        ("lora.allocation", config.lora.allocation, "uniform"),
+        ("lora.rank_pattern", config.lora.rank_pattern, {}),
+    ):
+        if kind != "lora" and value != usual:
+            raise ConfigError(
+                f"{key}={value}: expected {usual} with adapter.kind={kind}, which has no ranks. Leave it out, or set "
+                "adapter.kind=lora."
+            )
 
 
 def _check_allocation(config: Config) -> None:

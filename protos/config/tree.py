@@ -119,7 +119,7 @@ class TrainConfig:
     max_grad_norm: float = _doc(1.0, "gradient clipping of a step; 0 is off")
     proximal: float = _doc(0.0, "FedProx mu, on the distance of products from the release")
     keep_optimizer: bool = _doc(
-        False, "carry each client's optimizer over rounds; needs stable coordinates (ffa, fedavg, zeropad)"
+        False, "carry each client's optimizer over rounds; needs stable coordinates (ffa, core, fedavg, zeropad)"
     )
     precision: str = _doc("auto", "auto (bf16 autocast where the device has it, fp32 on a CPU), fp32 or bf16")
     device: str = _doc("auto", "auto, cpu, cuda, mps, xpu")
@@ -147,7 +147,10 @@ class LoraConfig:
 class AdapterConfig:
     """What is trained."""
 
-    kind: str = _doc("lora", "lora")
+    kind: str = _doc(
+        "lora",
+        "lora, norm (scale and shift of every norm; of a classifier its head, too), or head (of a classifier, alone)",
+    )
 
 
 @dataclass

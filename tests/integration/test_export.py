@@ -74,14 +74,33 @@ def read_adapter(folder: Path, prepared: Prepared) -> Adapter:
     return Adapter(lora, {name: tensors[prefix + name] for name in prepared.base.spec.dense})
 
 
-@pytest.fixture(params=["llama", "gpt2", "bert"])
+CASES = (
+    "llama",
+    "gpt2",
+    "bert",
+    "llama core",
+    "gpt2 core",
+    "bert core",
+    "llama norm",
+    "gpt2 norm",
+    "bert norm",
+    "bert head",
+)
+
+
+@pytest.fixture(params=CASES)
 def config(request: pytest.FixtureRequest, notes: Path, questions: Path, tmp_path: Path) -> Config:
-    base: Path = request.getfixturevalue(request.param)
+    model, _, trained = request.param.partition(" ")
+    base: Path = request.getfixturevalue(model)
     words = [f"output={tmp_path / 'run'}", "rounds=2", "train.local_steps=4", "lora.lora_alpha=12"]
-    if request.param == "bert":
+    if trained:
+        words += ["strategy=core" if trained == "core" else f"adapter.kind={trained}", "train.learning_rate=0.1"]
+    if model == "bert":
         return classification(base, questions, *words)
     made = small(base, notes, *words)
-    made.lora.rank_pattern = {"c_proj": 1} if request.param == "gpt2" else {"k_proj": 0, "layers.1.mlp.up_proj": 1}
+    if trained in ("norm", "head"):
+        return made
+    made.lora.rank_pattern = {"c_proj": 1} if model == "gpt2" else {"k_proj": 0, "layers.1.mlp.up_proj": 1}
     return made
 
 
@@ -92,7 +111,7 @@ def test_engine_peft_and_merged_models_agree(config: Config, tmp_path: Path) -> 
     assert close(peft_logits(plain(config), path / "adapter"), tuned)
     # peft would find this out by itself, with a warning: the file must say it.
     transposed = json.loads((path / "adapter" / "adapter_config.json").read_text())["fan_in_fan_out"]
-    assert transposed == (type(plain(config)).__name__ == "GPT2LMHeadModel")
+    assert transposed == (type(plain(config)).__name__ == "GPT2LMHeadModel" and config.adapter.kind == "lora")
 
     negotiated = export_adapter(path, tmp_path / "export")
     assert close(peft_logits(plain(config), tmp_path / "export"), tuned)

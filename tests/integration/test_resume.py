@@ -52,6 +52,10 @@ RUNS = {
     "client-dp over sampled clients": [
         "strategy=alternate", "privacy=client-dp", "privacy.epsilon=8", "privacy.force=true", "clients.fraction=0.4",
     ],
+    "core with kept moments": [
+        "strategy=core", "train.keep_optimizer=true", "clients.join_round=[1,1,2]", "wire.format=int8",
+    ],
+    "norms": ["adapter.kind=norm", "train.keep_optimizer=true", "clients.fraction=0.7", "wire.format=fp16"],
     "alternate in int8": ["strategy=alternate", "wire.format=int8", "clients.join_round=[1,1,2]"],
 }  # fmt: skip
 
