@@ -1,4 +1,4 @@
-"""Making a loaded model ready: LoRA slots in every adapted module, if there are some, and layers that would train wrongly mended."""
+"""Making a loaded model ready: LoRA slots in every adapted module, and layers that would train wrongly mended."""
 
 from __future__ import annotations
 

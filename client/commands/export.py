@@ -115,6 +115,7 @@ def _spec(words: Sequence[str], as_json: bool) -> int:
         "dense": sorted(spec.dense),
         "hashes": dict(spec.hashes),
     }
-    told = f"{settings['output']}: {len(spec.modules)} modules, {len(spec.dense)} parameters trained whole; SHA-256 of the weights {spec.hashes.get('weights')}"
+    trained = f"{len(spec.modules)} modules, {len(spec.dense)} parameters trained whole"
+    told = f"{settings['output']}: {trained}; SHA-256 of the weights {spec.hashes.get('weights')}"
     print(json.dumps(summary, indent=1) if as_json else told)
     return 0
