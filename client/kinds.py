@@ -1,9 +1,9 @@
 """What of a model is trained: by `adapter.kind` the modules that get factors, and the parameters that are trained whole.
 
 - `lora`: factors in linear layers; what a classifier has to draw anew, whole.
-- `norm`: the scale, and the shift where there is one, of every LayerNorm and RMSNorm; a classifier's head beside. Scale and shift
-  of every feature are what FiLM layers learn: the arm that tunes few parameters in FedPEFT (Sun et al. 2022, arXiv:2210.01708) and
-  in few-shot classification under privacy (Tobaben et al. 2023, arXiv:2302.01190).
+- `norm`: the scale, and the shift where there is one, of every LayerNorm and RMSNorm; a classifier's head beside. Scale and
+  shift of every feature are what FiLM layers learn: the arm that tunes few parameters in FedPEFT (Sun et al. 2022,
+  arXiv:2210.01708) and in few-shot classification under privacy (Tobaben et al. 2023, arXiv:2302.01190).
 - `head`: a classifier's head alone.
 """
 

@@ -71,9 +71,10 @@ def main(command: str, words: Sequence[str]) -> int:
     numbers = _numbers(settings)
     other = what_if(imagined) if imagined else None
     from lamina.client.model import quiet
-    from lamina.client.sizing.planner import Wanted, document, plan
+    from lamina.client.sizing.planner import Wanted, plan
     from lamina.client.sizing.probed import probed, remembered
     from lamina.client.sizing.shape import shape_of
+    from lamina.client.sizing.written import document
 
     quiet()
     shape = shape_of(settings["model"])
@@ -175,13 +176,15 @@ def _show(machine: Profile, source: str, parameters: int, found: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from lamina.client.sizing.planner import trained
+
     console = Console()
     capability = "" if machine.capability is None else f", capability {machine.capability[0]}.{machine.capability[1]}"
     memory = f"{size(machine.free_bytes)} free of {size(machine.total_bytes)}"
     print(f"device   {machine.kind}: {machine.name}{capability}; {memory}, {machine.cores} cores")
     print(f"model    {source}: {parameters:,} parameters")
     batch = f"{found.micro_batch} x {found.accumulation} examples of {found.max_length} tokens"
-    print(f"plan     {found.format} base, rank {found.rank} on {found.modules} layers, {batch}")
+    print(f"plan     {found.format} base, {trained(found)}, {batch}")
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("memory")
     table.add_column("", justify="right")

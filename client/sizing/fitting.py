@@ -14,8 +14,9 @@ import numpy as np
 from lamina.client.hardware import Profile, num_bytes, profile, size
 from lamina.client.loading import resolved
 from lamina.client.quantised import copies, formats
-from lamina.client.sizing.planner import NothingFits, Plan, Wanted, budget_of, document, plan, plan_of
+from lamina.client.sizing.planner import NothingFits, Plan, Wanted, budget_of, plan, trained
 from lamina.client.sizing.shape import held_as, shape_of
+from lamina.client.sizing.written import document, plan_of
 from lamina.protos.config import Config
 from lamina.protos.errors import ConfigError
 from lamina.protos.ranks import SPREAD, uniform
@@ -23,6 +24,8 @@ from lamina.protos.spec import AdapterSpec
 
 # Of these strategies a frozen part comes down beside the trainable one.
 _FROZEN = ("residual", "stack")
+# These train less than both factors in a round.
+_TRAINED = {"ffa": "B", "alternate": "turns", "core": "core"}
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,14 @@ class Offer:
         equal_ranks: Whether it must be that rank in every layer.
         download_rank: Largest rank of the frozen part that comes beside it.
         deadline_s: Of a round, or None.
+        train: Of factors, what has gradients in a round, one of `memory.TRAINED`.
     """
 
     rank: int
     equal_ranks: bool = False
     download_rank: int = 0
     deadline_s: float | None = None
+    train: str = "AB"
 
 
 def offer_of(terms: Mapping[str, Any]) -> Offer:
@@ -58,6 +63,7 @@ def offer_of(terms: Mapping[str, Any]) -> Offer:
         equal_ranks=strategy == "fedavg",
         download_rank=max(beside.values(), default=0) if strategy in _FROZEN else 0,
         deadline_s=terms.get("deadline_s"),
+        train=_TRAINED.get(strategy, "AB"),
     )
 
 
@@ -104,6 +110,7 @@ def wanted_of(config: Config, offer: Offer, spec: AdapterSpec, machine: Profile,
         download_rank=offer.download_rank,
         compensation=copy.compensation if copy else config.quantisation.compensation,
         dense=sum(int(np.prod(value.shape)) for value in spec.dense.values()),
+        train=offer.train if config.adapter.kind == "lora" else config.adapter.kind,
         whole=offer.equal_ranks or config.lora.rank is not None,
         only=only,
         importance=config.lora.allocation == "importance",
@@ -197,7 +204,9 @@ def known_plan(
     try:
         found, ranks = plan_of(kept["plan"]), dict(kept["ranks"])
         most = wanted.rank * (SPREAD if wanted.importance else 1)
-        right = bool(ranks) and all(type(rank) is int and 1 <= rank <= most for rank in ranks.values())
+        right = bool(ranks) == bool(wanted.targets) and all(
+            type(rank) is int and 1 <= rank <= most for rank in ranks.values()
+        )
         right &= set(ranks) <= set(wanted.targets) and set(found.ranks) <= set(wanted.targets)
         right &= found.micro_batch * found.accumulation == wanted.batch_size * wanted.accumulation
         right &= found.max_length <= wanted.max_length and found.rank <= wanted.rank
@@ -251,7 +260,7 @@ def line(chosen: Plan) -> str:
     batch = f"{chosen.micro_batch} x {chosen.accumulation} examples of {chosen.max_length} tokens"
     again = ", activations computed again" if chosen.checkpointing else ""
     return (
-        f"plan: {chosen.format} base, rank {chosen.rank} on {chosen.modules} layers, {batch}{again}, {chosen.optimizer}: "
+        f"plan: {chosen.format} base, {trained(chosen)}, {batch}{again}, {chosen.optimizer}: "
         f"{size(chosen.peak_bytes)} of {size(chosen.budget_bytes)}"
     )
 

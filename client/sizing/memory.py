@@ -43,6 +43,8 @@ _BY_ROW = ("int8", "int8wo", "fp8wo", "mixed")
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Further columns of a sketch, so that the last singular values that are asked for are found too.
 OVERSAMPLED = 8
+# What of a round has gradients and moments: both factors, B, either in turn, a core, or in place of factors norms or a head.
+TRAINED = ("AB", "B", "turns", "core", "norm", "head")
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2}
 
 
@@ -98,6 +100,7 @@ class Step:
         compensation: Linear layer -> rank of its compensation.
         dense: Parameters that are trained whole.
         file_bytes: Of weights that are read and not kept as they are: another format than the file's.
+        train: One of `TRAINED`.
         seen_tokens: Tokens that are looked up in input embeddings that stay in the mapped file, or None for enough of all kinds
             that the whole table is resident.
     """
@@ -113,6 +116,7 @@ class Step:
     compensation: Mapping[str, int] = field(default_factory=dict)
     dense: int = 0
     file_bytes: int = 0
+    train: str = "AB"
     seen_tokens: int | None = None
 
 
@@ -129,14 +133,19 @@ def terms(shape: Shape, step: Step, overhead_bytes: int = RUNTIME_BYTES) -> dict
     """
     a, wide = COMPUTE_BYTES[step.compute], step.compute != "fp32"
     trained = {module: rank for module, rank in step.ranks.items() if rank}
-    factors = sum(rank * sum(shape.linears[module]) for module, rank in trained.items()) + step.dense
+    held = (
+        sum(rank * (sum(shape.linears[m]) + rank * (step.train == "core")) for m, rank in trained.items()) + step.dense
+    )
+    moving = sum(_moving(shape.linears[m], rank, step.train) for m, rank in trained.items()) + step.dense
     found = {
         "weights": _weights(shape, step, a),
-        "adapter, gradients and optimizer": factors * (8 + OPTIMIZER_BYTES[step.optimizer]),
+        "adapter, gradients and optimizer": 4 * held + moving * (4 + OPTIMIZER_BYTES[step.optimizer]),
         "frozen part": 4 * sum(rank * sum(shape.linears[module]) for module, rank in step.frozen.items()),
         "compensation": a * sum(rank * sum(shape.linears[module]) for module, rank in step.compensation.items()),
     }
     saved = step.tokens * _saved(shape, trained, a, wide)
+    if step.train == "norm":  # the gradient of a scale needs what it multiplies, in float32
+        saved += 8 * shape.hidden * shape.layers * step.tokens
     found["activations"] = step.tokens * shape.layers * shape.hidden * a if step.checkpointing else saved
     found["logits"] = LOGIT_BYTES * shape.vocab * min(step.tokens, loss_chunk_tokens(shape.vocab))
     again = saved / max(1, shape.layers) if step.checkpointing else 0
@@ -144,6 +153,13 @@ def terms(shape: Shape, step: Step, overhead_bytes: int = RUNTIME_BYTES) -> dict
     found["scattered"] = _scattered(shape, step, trained, a, wide)
     found["runtime"] = overhead_bytes + _kernels(shape, step, wide)
     return {name: math.ceil(value) for name, value in found.items()}
+
+
+def _moving(sides: tuple[int, int], rank: int, train: str) -> int:
+    """Numbers of one module that have gradients and moments."""
+    d_out, d_in = sides
+    width = {"AB": d_out + d_in, "B": d_out, "turns": max(sides), "core": rank}
+    return rank * width[train]
 
 
 def peak_bytes(shape: Shape, step: Step, overhead_bytes: int = RUNTIME_BYTES) -> int:
@@ -228,7 +244,7 @@ def _scattered(shape: Shape, step: Step, trained: Mapping[str, int], a: int, wid
     pieces += [step.tokens * 4 * width for width in (*set(trained.values()), *(widths if wide else ()))]
     largest = max((piece for piece in pieces if piece < LARGE_BYTES), default=0)
     factors = [4 * rank * side for module, rank in trained.items() for side in shape.linears[module]]
-    small = sum(size < LARGE_BYTES for size in factors)
+    small = sum(size < LARGE_BYTES for size in factors) + (2 * shape.layers + 1 if step.train == "norm" else 0)
     return largest * small // (max(1, shape.layers) if step.checkpointing else 1)
 
 

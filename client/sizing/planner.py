@@ -8,16 +8,12 @@ or time there is, so that more of either never makes a plan worse.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from lamina.client.hardware import Profile, size
 from lamina.client.quantised.formats import held, menu
 from lamina.client.sizing.memory import (
-    COMPUTE_BYTES,
-    OPTIMIZER_BYTES,
     OVERSAMPLED,
     RUNTIME_BYTES,
     Shape,
@@ -25,7 +21,6 @@ from lamina.client.sizing.memory import (
     peak_bytes,
     terms,
 )
-from lamina.protos.config import FORMATS
 from lamina.protos.errors import ConfigError
 from lamina.protos.ranks import SPREAD
 
@@ -59,6 +54,7 @@ class Wanted:
         download_rank: Rank of the frozen part that may come beside the trainable one.
         compensation: Rank of the base's compensation factors.
         dense: Parameters that are trained whole.
+        train: What of a round has gradients, one of `memory.TRAINED`; with `norm` and `head` there are no factors.
         whole: Whether every layer must have the rank that was asked.
         only: The number format and the compute format that must be taken, such as a quantised copy's, or None for the best.
         importance: Whether ranks are chosen by importance, which is scored with more columns than are trained.
@@ -82,6 +78,7 @@ class Wanted:
     download_rank: int = 0
     compensation: int = 0
     dense: int = 0
+    train: str = "AB"
     whole: bool = False
     only: tuple[str, str] | None = None
     importance: bool = False
@@ -100,8 +97,8 @@ class Plan:
     Attributes:
         format: Number format of the linear layers.
         compute: Of activations.
-        rank: Of every trained layer.
-        modules: Which layers, by a name.
+        rank: Of every trained layer; 0 where what is trained has no factors.
+        modules: Which layers, by a name; or what is trained in their place.
         ranks: Module -> rank, clamped to its sides.
         micro_batch: Examples in a forward pass.
         accumulation: Forward passes in an optimizer step.
@@ -236,11 +233,8 @@ def _grid(profile: Profile, shape: Shape, wanted: Wanted, choices: list[tuple[st
     checkpointings = (False, True) if wanted.checkpointing is None else (wanted.checkpointing,)
     micros = _divisors(wanted.batch_size) if wanted.micro_batch is None else [wanted.micro_batch]
     for length in _halves(wanted.max_length, min(32, wanted.max_length)):
-        for name, suffixes in _MODULES[:1] if wanted.whole else _MODULES:
-            targets = _targets(shape, wanted, suffixes)
-            if not targets:
-                continue
-            for rank in _halves(wanted.rank, wanted.rank if wanted.whole else 1):
+        for name, targets in _layers(shape, wanted):
+            for rank in _halves(wanted.rank, wanted.rank if wanted.whole else 1) if targets else [0]:
                 ranks = {module: min(rank, *shape.linears[module]) for module in targets}
                 for number_format, compute in choices:
                     for checkpointing in checkpointings:
@@ -270,6 +264,7 @@ def _point(
         if number_format in ("nf4", "int8", "mixed")
         else {},
         dense=wanted.dense,
+        train=wanted.train,
         file_bytes=read_bytes(profile, wanted, number_format),
     )
     overhead = profile.overhead_bytes.get(number_format, _CONTEXT_BYTES.get(profile.kind, RUNTIME_BYTES))
@@ -315,9 +310,28 @@ def _divisors(batch_size: int) -> list[int]:
     return [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
 
 
-def _targets(shape: Shape, wanted: Wanted, suffixes: tuple[str, ...]) -> list[str]:
+def _layers(shape: Shape, wanted: Wanted) -> Iterator[tuple[str, list[str]]]:
+    """Which layers get factors, by a name, the most first; none, once, where what is trained has no factors."""
+    if wanted.train in ("norm", "head"):
+        yield f"the {wanted.train}{'s' if wanted.train == 'norm' else ''}", []
+        return
     asked = [m for m in shape.linears if not wanted.targets or m in wanted.targets]
-    return [m for m in asked if not suffixes or m.rpartition(".")[2] in suffixes]
+    for name, suffixes in _MODULES[:1] if wanted.whole else _MODULES:
+        targets = [m for m in asked if not suffixes or m.rpartition(".")[2] in suffixes]
+        if targets:
+            yield name, targets
+
+
+def trained(one: Plan) -> str:
+    """What a plan trains, in words.
+
+    Args:
+        one: The plan.
+
+    Returns:
+        Such as `rank 8 on all layers`.
+    """
+    return f"rank {one.rank} on {one.modules} layers" if one.ranks else f"{one.modules} trained whole"
 
 
 def _in_time(one: Plan, wanted: Wanted) -> bool:
@@ -332,10 +346,11 @@ def _reasons(one: Plan, profile: Profile, wanted: Wanted) -> Iterator[str]:
             f"examples of {one.max_length} tokens, not {wanted.max_length}: longer ones do not fit or finish with any rank "
             "or format."
         )
-    if one.modules != "all":
+    if one.ranks and one.modules != "all":
         yield f"only the {one.modules} layers: all of them do not fit or finish at this length."
     more = f"rank {one.rank}: twice of it does not fit or finish."
-    yield f"rank {one.rank}, as was asked." if one.rank == wanted.rank else more
+    as_asked = one.rank == wanted.rank or not one.ranks
+    yield (f"rank {one.rank}" if one.ranks else trained(one)) + ", as was asked." if as_asked else more
     if one.checkpointing:
         yield "activations are computed again in the backward pass: kept, they do not fit."
     yield (
@@ -368,60 +383,5 @@ def _why_not(smallest: Plan, slow: Plan | None, wanted: Wanted) -> str:
         remedy = "Most of it is to read the full-precision file beside it: make a copy where there is room (`lamina quantise`)."
     return (
         f"plan: expected room for {size(smallest.peak_bytes)}, there is {size(smallest.budget_bytes)}. The smallest that there "
-        f"is: {smallest.format} base, rank {smallest.rank} on the {smallest.modules} layers, {smallest.max_length} tokens. "
-        + remedy
+        f"is: {smallest.format} base, {trained(smallest)}, {smallest.max_length} tokens. " + remedy
     )
-
-
-def plan_of(found: Mapping[str, Any]) -> Plan:
-    """The inverse of `document`.
-
-    Args:
-        found: What `document` gave, as it was read from a file.
-
-    Returns:
-        The plan.
-
-    Raises:
-        TypeError: If a field is missing, or not of its type.
-        ValueError: If one is none that a plan can have.
-    """
-    made = Plan(**{**found, "reasons": tuple(found["reasons"])})
-    counts = (made.rank, made.micro_batch, made.accumulation, made.max_length, made.peak_bytes, made.budget_bytes)
-    numbers = [*counts, *made.ranks.values(), *(value + 1 for value in made.terms.values())]
-    if not all(type(one) is int and 1 <= one < 2**53 for one in numbers):
-        raise ValueError("a number that is none")
-    right = made.format in FORMATS and made.compute in COMPUTE_BYTES and made.optimizer in OPTIMIZER_BYTES
-    right &= type(made.checkpointing) is bool and isinstance(made.modules, str)
-    right &= made.seconds is None or (isinstance(made.seconds, float) and 0 <= made.seconds < math.inf)
-    if not right:
-        raise ValueError("a way to train that is none")
-    return made
-
-
-def document(one: Plan) -> dict[str, Any]:
-    """A plan for a program.
-
-    Args:
-        one: The plan.
-
-    Returns:
-        What `lamina plan --json` prints; ranks by module and terms by name.
-    """
-    return {
-        "format": one.format,
-        "compute": one.compute,
-        "rank": one.rank,
-        "modules": one.modules,
-        "ranks": dict(one.ranks),
-        "micro_batch": one.micro_batch,
-        "accumulation": one.accumulation,
-        "max_length": one.max_length,
-        "checkpointing": one.checkpointing,
-        "optimizer": one.optimizer,
-        "terms": dict(one.terms),
-        "peak_bytes": one.peak_bytes,
-        "budget_bytes": one.budget_bytes,
-        "seconds": one.seconds,
-        "reasons": list(one.reasons),
-    }

@@ -238,6 +238,6 @@ def test_a_coordinator_refuses_a_schema_of_another_kind(tmp_path: Path) -> None:
         words = deployment.words(folder / "spec.json", "insecure=true", f"adapter.kind={kind}")
         with (
             deployment.coordinator(folder / "run", words) as running,
-            pytest.raises(ConfigError, match=r"adapter\.kind="):,
+            pytest.raises(ConfigError, match="was written for"),
         ):
             running.join()

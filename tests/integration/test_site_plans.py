@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from lamina.client.worker import SiteWorker
 from lamina.protos import compose, ranks
 from lamina.protos.blobs import blob
 from lamina.protos.codec import decode, encode
-from lamina.protos.errors import ConfigError, PolicyRefused
+from lamina.protos.errors import AdapterMismatch, ConfigError, PolicyRefused
 from lamina.protos.messages import Instruction
 from lamina.protos.spec import AdapterSpec
 from lamina.server import campaign as campaigns
@@ -117,6 +118,41 @@ def test_with_room_the_offer_is_taken_as_it_is(schema: AdapterSpec, rows: Any) -
     assert (sized.wish.rank, sized.wish.ranks) == (None, None)
     assert sized.wish.format == "fp32"
     assert (plan_of(one).micro_batch, plan_of(one).accumulation, plan_of(one).checkpointing) == (8, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "train"), [("ffa", "B"), ("alternate", "turns"), ("core", "core"), ("stack", "AB")]
+)
+def test_a_plan_counts_what_the_strategy_trains(schema: AdapterSpec, rows: Any, strategy: str, train: str) -> None:
+    one = worker(rows)
+    one.size(offered(schema, f"strategy={strategy}"), schema, None)
+    assert one._fit is not None
+    assert one._fit.wanted.train == train
+
+
+def test_norms_are_planned_registered_and_trained_without_ranks(rows: Any) -> None:
+    words, said = ("adapter.kind=norm",), list[str]()
+    schema = load_base(BaseOptions("tiny", kind="norm", device="cpu")).spec
+    one = worker(rows, said=said)
+    sized = one.size(offered(schema, *words), schema, None)
+    assert (sized.wish.rank, sized.wish.ranks) == (None, None)
+    found = plan_of(one)
+    assert (found.rank, found.ranks) == (0, {})
+    wanted = sum(value.size for value in schema.dense.values())
+    assert found.terms["adapter, gradients and optimizer"] == 16 * wanted
+    assert "the norms trained whole" in said[-1]
+    again = worker(rows)
+    assert again.size(offered(schema, *words), schema, json.loads(json.dumps(sized.kept))).kept == sized.kept
+    told = offered(schema, *words, chosen={})
+    one.begin(told, schema, {}, -1)
+    update = decode(one.train(instruction(schema), lambda step: None).update)
+    assert set(update.lora) == set()
+    assert all(not np.array_equal(update.dense[name], first) for name, first in schema.dense.items())
+    with pytest.raises(NothingFits, match="the norms trained whole"):
+        worker(rows, "client.memory=1MB").size(offered(schema, *words), schema, None)
+    other = load_base(BaseOptions("tiny", device="cpu")).spec
+    with pytest.raises(AdapterMismatch, match="expected the modules and whole parameters"):
+        worker(rows).begin(told, other, {}, -1)
 
 
 def test_a_site_with_little_room_registers_what_it_then_trains(schema: AdapterSpec, rows: Any) -> None:

@@ -58,6 +58,30 @@ def test_the_terms_of_a_step_by_hand() -> None:
     assert few["gradient of a layer, beyond the logits"] == beyond - 12 * 4 * 10
 
 
+@pytest.mark.parametrize(
+    ("train", "held", "moving"),
+    # Of rank 2 and sides 8 and 4: 16 numbers in B, 8 in A, 4 in a core.
+    [("AB", 24, 24), ("B", 24, 16), ("turns", 24, 16), ("core", 28, 4)],
+)
+def test_gradients_and_moments_are_of_what_is_trained(train: str, held: int, moving: int) -> None:
+    from lamina.client.sizing.memory import Shape
+
+    shape = Shape({"m.q_proj": (8, 4)}, 100, 4, 16, 1, 4, 4, 64)
+    step = Step("fp32", "fp32", {"m.q_proj": 2}, tokens=10, train=train, dense=5)
+    # A gradient and two moments of AdamW take 12 bytes, a number itself 4.
+    assert terms(shape, step)["adapter, gradients and optimizer"] == 4 * (held + 5) + 12 * (moving + 5)
+
+
+def test_norms_keep_what_their_scales_multiply() -> None:
+    from lamina.client.sizing.memory import Shape
+
+    shape = Shape({"m.q_proj": (8, 4)}, 100, 4, 16, 1, 4, 4, 64)
+    norm, head = (terms(shape, Step("fp32", "fp32", {}, tokens=10, train=kind, dense=12)) for kind in ("norm", "head"))
+    assert norm["adapter, gradients and optimizer"] == head["adapter, gradients and optimizer"] == 16 * 12
+    assert head["activations"] == 10 * (32 + 64 + 192)
+    assert norm["activations"] == head["activations"] + 10 * 32
+
+
 def test_an_output_that_the_attention_keeps_is_counted_once_but_for_a_cast() -> None:
     from lamina.client.sizing.memory import Shape
 
