@@ -18,6 +18,7 @@ from lamina.protos.spec import AdapterSpec
 _PREFIX = "base_model.model."
 # Peft's word for an adapter that has none and brings parameters that were trained whole, all the same.
 _NO_FACTORS = "dummy-target-modules"
+_HEADS = ("classifier", "score")
 _RELEASED = """
 Each site measured, on its own text, what it had received: this adapter, cut to the site's rank. Nobody measured the whole.
 """
@@ -37,7 +38,7 @@ def peft_config(adapter: Adapter, spec: AdapterSpec) -> dict[str, Any]:
     rank = max(ranks.values(), default=1)
     # A state from a checkpoint has another order than a fresh one; the file is to have the same bytes.
     pattern = {module: value for module, value in sorted(ranks.items()) if value != rank}
-    heads = sorted({name.rsplit(".", 1)[0] for name in spec.dense})
+    whole = sorted({_whole(name, spec.task) for name in spec.dense})
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if spec.task == "sequence-classification" else "CAUSAL_LM",
@@ -48,7 +49,7 @@ def peft_config(adapter: Adapter, spec: AdapterSpec) -> dict[str, Any]:
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
         "target_modules": sorted(adapter.lora) or _NO_FACTORS,
-        "modules_to_save": heads or None,
+        "modules_to_save": whole or None,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -56,6 +57,16 @@ def peft_config(adapter: Adapter, spec: AdapterSpec) -> dict[str, Any]:
         "fan_in_fan_out": spec.fan_in_fan_out,
         "init_lora_weights": True,
     }
+
+
+def _whole(name: str, task: str) -> str:
+    """The module that peft is to keep for a parameter that was trained whole.
+
+    Of a classifier peft keeps what is called so as one, unasked, also where it is of several layers; one of these beside it would
+    be kept twice.
+    """
+    first = name.partition(".")[0]
+    return first if task == "sequence-classification" and first in _HEADS else name.rpartition(".")[0]
 
 
 def peft_tensors(adapter: Adapter) -> dict[str, Array]:

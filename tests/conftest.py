@@ -30,6 +30,12 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder whose classifier has a head of two layers, saved without."""
+    return models.save_roberta(tmp_path_factory.mktemp("roberta"))
+
+
+@pytest.fixture(scope="session")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A causal-lm whose linear layers keep their weights transposed."""
     return models.save_gpt2(tmp_path_factory.mktemp("gpt2"))

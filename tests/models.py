@@ -70,6 +70,25 @@ def save_bert(folder: Path, seed: int = 0) -> Path:
     return _saved(BertModel(config, add_pooling_layer=False), folder)
 
 
+def save_roberta(folder: Path, seed: int = 0) -> Path:
+    """One layer; a classifier's head of two layers, which must be initialised."""
+    import torch
+    from transformers import RobertaConfig, RobertaModel
+
+    torch.manual_seed(seed)
+    config = RobertaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=66,
+        initializer_range=0.2,
+        pad_token_id=1,
+    )
+    return _saved(RobertaModel(config, add_pooling_layer=False), folder)
+
+
 def save_gpt2(folder: Path, seed: int = 0) -> Path:
     """Two layers of transformers' Conv1D, whose weight is (d_in, d_out)."""
     import torch

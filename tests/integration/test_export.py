@@ -85,6 +85,8 @@ CASES = (
     "gpt2 norm",
     "bert norm",
     "bert head",
+    "roberta",
+    "roberta head",
 )
 
 
@@ -95,7 +97,7 @@ def config(request: pytest.FixtureRequest, notes: Path, questions: Path, tmp_pat
     words = [f"output={tmp_path / 'run'}", "rounds=2", "train.local_steps=4", "lora.lora_alpha=12"]
     if trained:
         words += ["strategy=core" if trained == "core" else f"adapter.kind={trained}", "train.learning_rate=0.1"]
-    if model == "bert":
+    if model in ("bert", "roberta"):
         return classification(base, questions, *words)
     made = small(base, notes, *words)
     if trained in ("norm", "head"):
