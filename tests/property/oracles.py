@@ -271,11 +271,12 @@ def drawn_rounds(data: st.DataObject, federation: Federation, most: int = 4) -> 
     return data.draw(cohorts(federation, data.draw(st.integers(1, most))))
 
 
-def adapter_of(seed: int, rank: int = 3, size: float = 1.0) -> Adapter:
+def adapter_of(seed: int, rank: int = 3, size: float = 1.0, cored: bool = False) -> Adapter:
     """A small adapter of one layer and one dense parameter, for tests of messages."""
     rows, columns = normal((rank, 9), seed, "A") * np.float32(size), normal((7, rank), seed, "B") * np.float32(size)
+    core = normal((rank, rank), seed, "core") * np.float32(size) if cored else None
     return Adapter(
-        {"layers.0.q_proj": LoraFactors(rows, columns, 16 / rank)}, {"score.weight": normal((2, 7), seed, "d")}
+        {"layers.0.q_proj": LoraFactors(rows, columns, 16 / rank, core)}, {"score.weight": normal((2, 7), seed, "d")}
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lamina.protos.adapter import Adapter, LoraFactors
+from lamina.protos.adapter import Adapter, LoraFactors, prefix
 from lamina.protos.codec import (
     BYTES_PER_NUMBER,
     WIRE_FORMATS,
@@ -23,7 +24,8 @@ from lamina.protos.codec import (
     to_bf16,
     to_int8,
 )
-from lamina.protos.errors import AdapterMismatch
+from lamina.protos.errors import AdapterMismatch, UpdateRejected
+from lamina.protos.layout import canonical
 from lamina.protos.messages import Update
 from tests.property.oracles import adapter_of, arrays, federations, first_updates, normal, same_bits
 
@@ -41,7 +43,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 def bound(name: str, value: NDArray[Any], wire: WireFormat) -> NDArray[Any]:
     """The largest error of one rounding, number by number."""
     magnitude = np.abs(value.astype(np.float64))
-    if wire == "fp32" or (wire == "int8" and not name.endswith((".A", ".B"))):
+    if wire == "fp32" or (wire == "int8" and not name.endswith((".A", ".B", ".core"))):
         return np.zeros_like(magnitude)
     if wire == "bf16":
         # 8 significant bits: half a unit in the last place is 2^-8 of the value; subnormals are 2^-133 apart.
@@ -49,18 +51,20 @@ def bound(name: str, value: NDArray[Any], wire: WireFormat) -> NDArray[Any]:
     if wire == "fp16":
         # 11 significant bits, subnormals 2^-24 apart.
         return np.maximum(2.0**-11 * magnitude, 2.0**-25)
-    # A row of A or a column of B moves by less than one step. A step is 1/127 of the largest entry, itself rounded to 16
-    # bits: 2^-16 more, and 2^-24 for the division.
-    step = magnitude.max(axis=1 if name.endswith(".A") else 0, keepdims=True, initial=0) / 127
+    # A row of A or of a core or a column of B moves by less than one step. A step is 1/127 of the largest entry, itself rounded
+    # to 16 bits: 2^-16 more, and 2^-24 for the division.
+    step = magnitude.max(axis=0 if name.endswith(".B") else 1, keepdims=True, initial=0) / 127
     return np.broadcast_to(step * (1 + 2.0**-15), magnitude.shape)
 
 
 @formats
-@given(seed=numbers, rank=st.integers(0, 20), size=st.sampled_from([1e-6, 1.0, 300.0]))
-def test_a_message_loses_no_more_than_its_format(wire: WireFormat, seed: int, rank: int, size: float) -> None:
-    sent = adapter_of(seed, max(rank, 1), size)
+@given(seed=numbers, rank=st.integers(0, 20), size=st.sampled_from([1e-6, 1.0, 300.0]), cored=st.booleans())
+def test_a_message_loses_no_more_than_its_format(
+    wire: WireFormat, seed: int, rank: int, size: float, cored: bool
+) -> None:
+    sent = adapter_of(seed, max(rank, 1), size, cored)
     if rank == 0:
-        sent = Adapter({m: LoraFactors(f.A[:0], f.B[:, :0], f.scale) for m, f in sent.lora.items()}, sent.dense)
+        sent = Adapter({m: prefix(f, 0) for m, f in sent.lora.items()}, sent.dense)
     got = decode(encode(sent, wire, rng(seed)))
     assert {m: f.scale for m, f in got.lora.items()} == {m: f.scale for m, f in sent.lora.items()}
     theirs = arrays(got)
@@ -73,9 +77,9 @@ def test_a_message_loses_no_more_than_its_format(wire: WireFormat, seed: int, ra
 
 
 @formats
-@given(seed=numbers, size=st.sampled_from([1e-38, 1e-6, 1.0, 1e4]))
-def test_encoding_what_was_decoded_gives_the_same_bytes(wire: WireFormat, seed: int, size: float) -> None:
-    first = encode(adapter_of(seed, size=size), wire, rng(seed))
+@given(seed=numbers, size=st.sampled_from([1e-38, 1e-6, 1.0, 1e4]), cored=st.booleans())
+def test_encoding_what_was_decoded_gives_the_same_bytes(wire: WireFormat, seed: int, size: float, cored: bool) -> None:
+    first = encode(adapter_of(seed, size=size, cored=cored), wire, rng(seed))
     assert encode(decode(first), wire, rng(seed + 1)) == first
 
 
@@ -213,3 +217,34 @@ def test_a_dense_parameter_may_be_called_row_scale(name: str) -> None:
 def test_a_dense_parameter_may_be_a_scalar() -> None:
     got = decode(encode(Adapter({}, {"logit_scale": np.array(2.0, np.float32)}), "fp32"))
     assert got.dense["logit_scale"].shape == ()
+
+
+def test_a_core_that_fits_no_factors_is_refused() -> None:
+    """Cut from honest messages: of another rank, without its factors, without its row scales, or with those of empty factors."""
+    cored = adapter_of(0, cored=True)
+    name, (f,) = "layers.0.q_proj", cored.lora.values()
+    base = {f"{name}.lora_A.weight": f.A, f"{name}.lora_B.weight": f.B}
+    metadata = {"wire": "fp32", "scales": json.dumps({name: f.scale})}
+    assert decode(canonical(base, metadata)).lora[name].core is None
+    for tensors in (
+        {**base, f"{name}.lora_core.weight": np.zeros((2, 2), np.float32)},
+        {**base, f"{name}.lora_core.weight": np.zeros((3, 2), np.float32)},
+        {**base, f"{name}.lora_core.weight": np.zeros(3, np.float32)},
+        {**base, "layers.1.q_proj.lora_core.weight": np.zeros((3, 3), np.float32)},
+        {**base, ".lora_core.weight": np.zeros((3, 3), np.float32)},
+    ):
+        with pytest.raises(UpdateRejected) as caught:
+            decode(canonical(tensors, metadata))
+        assert caught.value.reason == "schema"
+    steps = {
+        f"{name}.lora_A.weight": np.zeros((3, 0), np.int8), f"{name}.lora_B.weight": np.zeros((0, 3), np.int8),
+        f"{name}.lora_core.weight": np.ones((3, 3), np.int8),
+    }  # fmt: skip
+    scales = {f"{name}.lora_core.weight.row_scale": np.ones(3, np.float32)}
+    assert np.array_equal(
+        arrays(decode(canonical({**steps, **scales}, metadata | {"wire": "int8"})))[f"{name}.core"], np.ones((3, 3))
+    )
+    with pytest.raises(UpdateRejected, match="row scales"):
+        decode(canonical(steps, metadata | {"wire": "int8"}))
+    stray = {f"{name}.lora_A.weight.row_scale": np.ones(3, np.float32)}
+    assert set(decode(canonical({**steps, **scales, **stray}, metadata | {"wire": "int8"})).dense) == set(stray)

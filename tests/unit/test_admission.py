@@ -105,38 +105,46 @@ def test_the_size_cap_grows_with_the_budget_alone(rank: int) -> None:
 # One factor -----------------------------------------------------------------------------------------------------------
 
 
+def with_cores(one: Adapter, seed: int = 0) -> Adapter:
+    rng = np.random.default_rng(seed)
+    lora = {m: replace(f, core=rng.normal(size=(f.rank, f.rank)).astype(np.float32)) for m, f in one.lora.items()}
+    return Adapter(lora, one.dense)
+
+
 def of_side(side: str, one: Adapter) -> Adapter:
     return Adapter({m: one_side(f, side) for m, f in one.lora.items()}, one.dense)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("train", ["A", "B"])
+@pytest.mark.parametrize("train", ["A", "B", "core"])
 def test_the_factor_that_was_asked_for_is_admitted_and_nothing_else(train: str) -> None:
-    start = adapter(seed=1)
+    start, cored = with_cores(adapter(seed=1)), with_cores(adapter())
     wanted = replace(expected(start), train=train)  # type: ignore[arg-type]
-    got = admit(blob(encode_update(replace(update(), adapter=of_side(train, adapter())), "fp32")), wanted, set())
+    got = admit(blob(encode_update(replace(update(), adapter=of_side(train, cored)), "fp32")), wanted, set())
     assert side_of(got.adapter, "") == train
-    other = "A" if train == "B" else "B"
-    for wrong in (adapter(), of_side(other, adapter())):
+    for wrong in (adapter(), cored, *(of_side(other, cored) for other in ("A", "B", "core") if other != train)):
         with pytest.raises(UpdateRejected) as caught:
             admit(blob(encode_update(replace(update(), adapter=wrong), "fp32")), wanted, set())
         assert caught.value.reason == "schema"
     with pytest.raises(UpdateRejected) as caught:
-        admit(blob(encode_update(replace(update(), adapter=of_side(train, adapter())), "fp32")), expected(), set())
+        admit(blob(encode_update(replace(update(), adapter=of_side(train, cored)), "fp32")), expected(), set())
     assert caught.value.reason == "schema"
     with pytest.raises(UpdateRejected) as caught:
-        admit(blob(encode_update(replace(update(), adapter=of_side(train, adapter(3))), "fp32")), wanted, set())
+        admit(
+            blob(encode_update(replace(update(), adapter=of_side(train, with_cores(adapter(3)))), "fp32")),
+            wanted,
+            set(),
+        )
     assert caught.value.reason == "rank"
 
 
-@pytest.mark.parametrize("train", ["A", "B"])
+@pytest.mark.parametrize("train", ["A", "B", "core"])
 def test_the_norm_of_one_factors_change_is_that_of_the_product(train: str) -> None:
     start, after = adapter(seed=1), adapter(seed=0)
+    if train == "core":
+        start, after = with_cores(start, 1), with_cores(after, 0)
     sent = of_side(train, after)
     whole = Adapter(
-        {
-            m: LoraFactors(f.A if train == "A" else start.lora[m].A, f.B if train == "B" else start.lora[m].B, f.scale)
-            for m, f in after.lora.items()
-        },
+        {m: replace(start.lora[m], **{train: getattr(f, train)}) for m, f in after.lora.items()},
         after.dense,
     )
     squared = sum(float(np.square(product(f) - product(start.lora[m])).sum()) for m, f in whole.lora.items())
@@ -153,18 +161,20 @@ def test_the_norm_of_one_factors_change_is_that_of_the_product(train: str) -> No
 
 
 @pytest.mark.parametrize(("value", "reason"), [(np.nan, "non-finite"), (np.inf, "non-finite"), (1e7, "norm")])
-@pytest.mark.parametrize("train", ["A", "B"])
+@pytest.mark.parametrize("train", ["A", "B", "core"])
 def test_one_factor_is_looked_at_as_closely(train: str, value: float, reason: str) -> None:
-    sent = of_side(train, adapter())
+    sent = of_side(train, with_cores(adapter()))
     next(iter(getattr(f, train) for f in sent.lora.values()))[0, 0] = value
-    wanted = replace(expected(adapter(seed=1)), train=train)  # type: ignore[arg-type]
+    start = with_cores(adapter(seed=1)) if train == "core" else adapter(seed=1)
+    wanted = replace(expected(start), train=train)  # type: ignore[arg-type]
     with pytest.raises(UpdateRejected) as caught:
         admit(blob(encode_update(replace(update(), adapter=sent), "fp32")), wanted, set())
     assert caught.value.reason == reason
 
 
 def test_one_factor_has_a_cap_of_its_own() -> None:
-    both, rows, columns = (size_cap_bytes(spec(), budget(5), train) for train in ("AB", "A", "B"))
+    both, rows, columns, core = (size_cap_bytes(spec(), budget(5), train) for train in ("AB", "A", "B", "core"))
+    assert rows - core == 4 * 5 * sum(d_in - 5 for _, d_in in MODULES.values())
     assert both - columns == 4 * 5 * sum(d_in for _, d_in in MODULES.values())
     assert both - rows == 4 * 5 * sum(d_out for d_out, _ in MODULES.values())
 

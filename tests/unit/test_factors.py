@@ -9,12 +9,24 @@ import gc
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lamina.protos.adapter import LoraFactors, product
+from lamina.protos.adapter import (
+    Adapter,
+    LoraFactors,
+    concatenated,
+    folded,
+    is_finite,
+    prefix,
+    product,
+    rescaled,
+    tail,
+)
+from lamina.protos.errors import AdapterMismatch
 from lamina.strategies.factors import Pair, Sum, change, compress, distance, pair, singular_values, total
 
 Matrix = NDArray[np.float64]
@@ -213,3 +225,52 @@ def test_what_was_not_trained_leaves_no_slot() -> None:
     moved = LoraFactors(returned.A, returned.B.copy(), 2.0)
     moved.B[:, 1] += 1
     assert change(moved, got)[0].shape == (48, 1)
+
+
+# Cores ----------------------------------------------------------------------------------------------------------------
+
+
+def cored(rank: int, seed: int, scale: float = 2.0) -> LoraFactors:
+    """In float64, on the first rows and columns of common ones."""
+    rows, columns = np.random.default_rng(0).normal(size=(9, 40)), np.random.default_rng(1).normal(size=(30, 9))
+    core = np.random.default_rng(seed).normal(size=(rank, rank))
+    return LoraFactors(rows[:rank], columns[:, :rank], scale, core)
+
+
+@pytest.mark.parametrize(("trained", "received"), [(9, 9), (1, 1), (5, 3), (3, 5)])
+@pytest.mark.parametrize("scale", [2.0, 0.3])
+def test_a_core_lies_between_the_factors_wherever_a_product_is_formed(
+    trained: int, received: int, scale: float
+) -> None:
+    one, other = cored(trained, 2), cored(received, 3, scale)
+    assert one.core is not None
+    dense = one.scale * one.B @ one.core @ one.A
+    assert np.allclose(product(one), dense, rtol=1e-12, atol=1e-12)
+    left, right = pair(one, 0.25)
+    assert np.linalg.norm(left @ right - 0.25 * dense) <= 1e-12 * np.linalg.norm(dense)
+    for before in (other, folded(other)):
+        left, right = change(one, before, 0.25)
+        wanted = 0.25 * (dense - product(other))
+        assert np.linalg.norm(left @ right - wanted) <= 1e-12 * np.linalg.norm(wanted)
+    left, right = change(one, one)
+    assert not left.size
+    report = distance(one, total([pair(one)], one.shape))
+    assert report.relative_error < 1e-12
+    assert report.singular_values == pytest.approx(np.linalg.svd(dense, compute_uv=False)[:trained], rel=1e-9)
+
+
+def test_a_core_is_not_left_out_where_it_would_have_no_place() -> None:
+    one = cored(3, 2)
+    assert one.core is not None
+    for call in (
+        lambda: rescaled(one, 1.0),
+        lambda: tail(one, 1, 2),
+        lambda: concatenated(one, folded(one)),
+        lambda: concatenated(folded(one), one),
+    ):
+        with pytest.raises(AdapterMismatch, match="core"):
+            call()
+    with pytest.raises(AdapterMismatch, match="lora_core of shape"):
+        LoraFactors(one.A, one.B, 1.0, np.ones((2, 2)))
+    assert not is_finite(Adapter({"m": replace(one, core=np.full((3, 3), np.nan))}))
+    assert np.array_equal(product(prefix(one, 2)), product(LoraFactors(one.A[:2], one.B[:, :2], 2.0, one.core[:2, :2])))

@@ -117,7 +117,8 @@ ODD: tuple[Any, ...] = (
 NAMES = (
     "a.q.lora_A.weight", "a.q.lora_B.weight", "b.up.lora_A.weight", "head", "bias", "", ".lora_A.weight", "x.lora_A.weight",
     "x.lora_B.weight", "../../x", "head.row_scale", "a.q.lora_A.weight.row_scale", "a.q.lora_A.weight.row_scale.row_scale",
-    "a.q", "__metadata__", "\u202e", "a" * 300, "a.q.lora_A.weight.lora_A.weight",
+    "a.q.lora_core.weight", "x.lora_core.weight", "b.up.lora_core.weight.row_scale", "a.q", "__metadata__", "\u202e", "a" * 300,
+    "a.q.lora_A.weight.lora_A.weight",
 )  # fmt: skip
 TYPES = ("F32", "F16", "BF16", "U16", "I8", "U8", "F64", "I64", "BOOL", "F8_E4M3", "F4", "C64", "", "f32", "PICKLE")
 CLAIMS = ("run_id", "round", "client_id", "parent_release_hash", "num_examples", "metrics", "privacy", "signature")
