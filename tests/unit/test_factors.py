@@ -262,12 +262,13 @@ def test_a_core_lies_between_the_factors_wherever_a_product_is_formed(
 def test_a_core_is_not_left_out_where_it_would_have_no_place() -> None:
     one = cored(3, 2)
     assert one.core is not None
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: rescaled(one, 1.0),
         lambda: tail(one, 1, 2),
         lambda: concatenated(one, folded(one)),
         lambda: concatenated(folded(one), one),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(AdapterMismatch, match="core"):
             call()
     with pytest.raises(AdapterMismatch, match="lora_core of shape"):
