@@ -152,7 +152,10 @@ def load_file_dtypes(path: Path) -> set[str]:
     return {part["dtype"] for name, part in header.items() if name != "__metadata__"}
 
 
-def test_scales_other_than_one_are_folded_into_the_factors(llama: Path, notes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cored", [False, True])
+def test_scales_other_than_one_and_cores_are_folded_into_the_factors(
+    llama: Path, notes: Path, tmp_path: Path, cored: bool
+) -> None:
     prepared = prepare(small(llama, notes))
     rng = np.random.default_rng(0)
     lora = {
@@ -160,6 +163,7 @@ def test_scales_other_than_one_are_folded_into_the_factors(llama: Path, notes: P
             rng.normal(size=(1 + index % 4, d_in)).astype(np.float32) * 0.1,
             rng.normal(size=(d_out, 1 + index % 4)).astype(np.float32) * 0.1,
             0.25 * (1 + index % 3),
+            rng.normal(size=(1 + index % 4, 1 + index % 4)).astype(np.float32) if cored else None,
         )
         for index, (module, (d_out, d_in)) in enumerate(prepared.base.spec.modules.items())
     }

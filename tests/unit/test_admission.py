@@ -121,13 +121,17 @@ def test_the_factor_that_was_asked_for_is_admitted_and_nothing_else(train: str) 
     wanted = replace(expected(start), train=train)  # type: ignore[arg-type]
     got = admit(blob(encode_update(replace(update(), adapter=of_side(train, cored)), "fp32")), wanted, set())
     assert side_of(got.adapter, "") == train
-    for wrong in (adapter(), cored, *(of_side(other, cored) for other in ("A", "B", "core") if other != train)):
+    others = [of_side(other, cored) for other in ("A", "B", "core") if other != train]
+    beside = [Adapter({m: replace(one_side(f, "B"), core=f.core) for m, f in cored.lora.items()}, cored.dense)]
+    for wrong in (adapter(), cored, *others, *beside):
         with pytest.raises(UpdateRejected) as caught:
             admit(blob(encode_update(replace(update(), adapter=wrong), "fp32")), wanted, set())
         assert caught.value.reason == "schema"
     with pytest.raises(UpdateRejected) as caught:
         admit(blob(encode_update(replace(update(), adapter=of_side(train, cored)), "fp32")), expected(), set())
     assert caught.value.reason == "schema"
+    with pytest.raises(UpdateRejected, match="no lora_core"):
+        admit(blob(encode_update(replace(update(), adapter=cored), "fp32")), expected(), set())
     with pytest.raises(UpdateRejected) as caught:
         admit(
             blob(encode_update(replace(update(), adapter=of_side(train, with_cores(adapter(3)))), "fp32")),

@@ -131,7 +131,7 @@ def test_fedavg_wants_one_rank_and_names_the_exact_strategy() -> None:
     checked(made)
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "zeropad", "ffa"])
+@pytest.mark.parametrize("strategy", ["fedavg", "zeropad", "ffa", "core"])
 def test_optimizer_state_is_kept_where_coordinates_are_stable(strategy: str) -> None:
     made = with_value("train.keep_optimizer", True)
     made.strategy.name = strategy
@@ -151,7 +151,7 @@ def test_what_changes_its_factor_keeps_no_moments_and_no_stragglers() -> None:
     checked(made)
 
 
-@pytest.mark.parametrize("strategy", ["ffa", "alternate"])
+@pytest.mark.parametrize("strategy", ["ffa", "alternate", "core"])
 def test_importance_is_for_strategies_that_train_both_factors(strategy: str) -> None:
     made = with_value("lora.allocation", "importance")
     made.strategy.name = strategy
