@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from lamina.protos import seeds
 from lamina.protos.adapter import EMPTY, Adapter, Array, Lazy, LoraFactors
 from lamina.protos.errors import AdapterMismatch
+from lamina.protos.messages import Trainable
 from lamina.protos.orthonormal import orthonormal_rows
 
 Side = Literal["A", "B", "core"]
@@ -89,6 +91,41 @@ def one_side(factors: LoraFactors, side: Side) -> LoraFactors:
     if side == "A":
         return LoraFactors(factors.A, factors.B[:0], factors.scale)
     return LoraFactors(factors.A[:, :0], factors.B, factors.scale)
+
+
+def numbers_of(factors: LoraFactors, side: Trainable) -> Array:
+    """The numbers that a round trains of factors, which share one coordinate system where the rest stands still.
+
+    Args:
+        factors: With all sides.
+        side: Which one.
+
+    Returns:
+        (r, d_in), (d_out, r) or (r, r).
+
+    Raises:
+        AdapterMismatch: If there is no such side, or both factors are trained.
+    """
+    found = {"A": factors.A, "B": factors.B, "core": factors.core}.get(side)
+    if found is None:
+        raise AdapterMismatch(f"expected factors with a lora_{side} in every module, got none.")
+    return found
+
+
+def with_numbers(factors: LoraFactors, side: Trainable, values: Array) -> LoraFactors:
+    """Factors with other numbers in one side.
+
+    Args:
+        factors: The factors.
+        side: Which side.
+        values: Its numbers, of the same shape.
+
+    Returns:
+        Factors of the same rank and scale.
+    """
+    if side == "core":
+        return replace(factors, core=values)
+    return replace(factors, A=values) if side == "A" else replace(factors, B=values)
 
 
 def side_of(adapter: Adapter, where: str) -> Side | None:
@@ -185,6 +222,4 @@ def filled(sent: Adapter, start: Adapter, side: Side) -> Adapter:
 
 def _with(factors: LoraFactors, got: LoraFactors, side: Side) -> LoraFactors:
     """Factors with one side of others, and their scale."""
-    if side == "core":
-        return LoraFactors(factors.A, factors.B, got.scale, got.core)
-    return LoraFactors(got.A, factors.B, got.scale) if side == "A" else LoraFactors(factors.A, got.B, got.scale)
+    return replace(with_numbers(factors, side, numbers_of(got, side)), scale=got.scale)

@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lamina.protos.adapter import Adapter, Array, LoraFactors
+from lamina.protos.adapter import Adapter, Array
 from lamina.protos.errors import ConfigError
-from lamina.protos.messages import Budget, Release, Update
+from lamina.protos.messages import Budget, Release, Trainable, Update
 from lamina.protos.privacy.events import Event, to_json
 from lamina.protos.privacy.noise import Stream, noised
+from lamina.protos.sides import numbers_of, with_numbers
 from lamina.protos.spec import AdapterSpec
 from lamina.strategies.base import ServerState, Strategy
 from lamina.strategies.exact import in_order
@@ -102,7 +103,7 @@ def private(inner: Strategy, central: Central, streams: Callable[[int], Stream])
     return replace(inner, init=init, step=step)
 
 
-def nothing(current: Adapter, side: str) -> Changes:
+def nothing(current: Adapter, side: Trainable) -> Changes:
     """Zero in every coordinate that a round can change.
 
     Args:
@@ -112,11 +113,11 @@ def nothing(current: Adapter, side: str) -> Changes:
     Returns:
         Module or dense name -> zeros, float64.
     """
-    lora = {module: np.zeros_like(_of(f, side), np.float64) for module, f in current.lora.items()}
+    lora = {module: np.zeros_like(numbers_of(f, side), np.float64) for module, f in current.lora.items()}
     return lora | {name: np.zeros_like(value, np.float64) for name, value in current.dense.items()}
 
 
-def change(current: Adapter, trained: Adapter, start: Adapter, side: str) -> Changes:
+def change(current: Adapter, trained: Adapter, start: Adapter, side: Trainable) -> Changes:
     """One client's change in the global coordinates.
 
     Args:
@@ -126,12 +127,13 @@ def change(current: Adapter, trained: Adapter, start: Adapter, side: str) -> Cha
         side: Which factor it trained.
 
     Returns:
-        Module or dense name -> (r_k, d_in), (d_out, r_k) or the dense shape, float64; slots beyond r_k are zero.
+        Module or dense name -> (r_k, d_in), (d_out, r_k), (r_k, r_k) or the dense shape, float64; slots beyond r_k are zero.
     """
     found: Changes = {}
     for module, factors in trained.lora.items():
         ratio = 1.0 if side == "A" else factors.scale / current.lora[module].scale
-        found[module] = ratio * (_of(factors, side).astype(np.float64) - _of(start.lora[module], side))
+        began = numbers_of(start.lora[module], side)
+        found[module] = ratio * (numbers_of(factors, side).astype(np.float64) - began)
     for name, value in trained.dense.items():
         found[name] = value.astype(np.float64) - start.dense.get(name, current.dense[name])
     return found
@@ -160,16 +162,10 @@ def _weight(central: Central, update: Update) -> float:
     return min(1.0, max(0, update.num_examples) / central.full_weight)
 
 
-def _moved(current: Adapter, mean: Changes, side: str) -> Adapter:
+def _moved(current: Adapter, mean: Changes, side: Trainable) -> Adapter:
     """The global adapter with a change added, float64."""
-    lora = {}
-    for module, f in current.lora.items():
-        rows, columns = f.A.astype(np.float64), f.B.astype(np.float64)
-        lora[module] = LoraFactors(
-            rows + (mean[module] if side == "A" else 0), columns + (mean[module] if side == "B" else 0), f.scale
-        )
+    lora = {
+        module: with_numbers(f, side, numbers_of(f, side).astype(np.float64) + mean[module])
+        for module, f in current.lora.items()
+    }
     return Adapter(lora, {name: value.astype(np.float64) + mean[name] for name, value in current.dense.items()})
-
-
-def _of(factors: LoraFactors, side: str) -> Array:
-    return factors.A if side == "A" else factors.B

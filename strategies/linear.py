@@ -24,7 +24,7 @@ import numpy as np
 from lamina.protos.adapter import Adapter, Array, LoraFactors, prefix
 from lamina.protos.errors import AdapterMismatch
 from lamina.protos.messages import Budget, Release, Update
-from lamina.protos.sides import Side, one_side, start_factors
+from lamina.protos.sides import Side, numbers_of, one_side, start_factors, with_numbers
 from lamina.protos.spec import AdapterSpec
 from lamina.strategies.base import (
     LayerReport,
@@ -119,24 +119,12 @@ def moved(
     Returns:
         Factors of the same rank and scale, float32; what was not trained is untouched.
     """
-    after = _of(current, side).astype(np.float64)
+    after = numbers_of(current, side).astype(np.float64)
     for trained, start, weight in sent:
         share = learning_rate * weight * (1.0 if side == "A" else trained.scale / current.scale)
-        change = _of(trained, side).astype(np.float64) - _of(start, side)
+        change = numbers_of(trained, side).astype(np.float64) - numbers_of(start, side)
         after[tuple(slice(size) for size in change.shape)] += share * change
-    stored = after.astype(np.float32)
-    if side == "core":
-        return replace(current, core=stored)
-    return replace(current, A=stored) if side == "A" else replace(current, B=stored)
-
-
-def _of(factors: LoraFactors, side: Side) -> Array:
-    """The numbers of one side, which change where it is trained."""
-    if side != "core":
-        return factors.A if side == "A" else factors.B
-    if factors.core is None:
-        raise AdapterMismatch("core: expected a lora_core in every module, got factors alone.")
-    return factors.core
+    return with_numbers(current, side, after.astype(np.float32))
 
 
 def _check(

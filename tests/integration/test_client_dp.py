@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lamina.protos.privacy import accounting
@@ -22,7 +23,7 @@ def spent(outcome: Outcome) -> float:
     return accounting.epsilon(events, 1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["ffa", "alternate"])
+@pytest.mark.parametrize("strategy", ["ffa", "alternate", "core"])
 def test_a_campaign_costs_what_it_was_calibrated_for(llama: Path, notes: Path, strategy: str) -> None:
     outcome = play(small(llama, notes, f"strategy={strategy}", *PRIVATE))
     assert outcome.campaign.plan is not None
@@ -44,3 +45,28 @@ def test_two_runs_of_one_seed_have_different_noise_unless_they_are_simulated(lla
     one, other = (play(small(llama, notes, "strategy=ffa", *ALONE)) for _ in range(2))
     module = next(iter(one.state.adapter.lora))
     assert (one.state.adapter.lora[module].B != other.state.adapter.lora[module].B).all()
+
+
+def test_under_core_the_noise_is_in_the_core_alone(llama: Path, notes: Path) -> None:
+    outcome = play(small(llama, notes, "strategy=core", *ALONE))
+    first, second = outcome.rounds[0].state.adapter, outcome.rounds[1].state.adapter
+    assert outcome.campaign.plan is not None
+    assert outcome.campaign.plan.coordinates == sum(f.rank**2 for f in first.lora.values())
+    for module, f in first.lora.items():
+        after = second.lora[module]
+        assert f.core is not None
+        assert (f.core != after.core).all()
+        assert np.array_equal(f.A, after.A)
+        assert np.array_equal(f.B, after.B)
+
+
+@pytest.mark.parametrize("strategy", ["recompress", "stack", "ffa", "core"])
+def test_norms_are_a_sum_under_any_strategy(llama: Path, notes: Path, strategy: str) -> None:
+    words = ("adapter.kind=norm", f"strategy={strategy}")
+    outcome = play(small(llama, notes, *words, *PRIVATE))
+    assert 7.9 < spent(outcome) <= 8
+    alone = play(small(llama, notes, *words, *ALONE))
+    first, second = (done.state.adapter.dense for done in alone.rounds[:2])
+    assert alone.campaign.plan is not None
+    assert alone.campaign.plan.coordinates == sum(value.size for value in first.values())
+    assert all((value != second[name]).all() for name, value in first.items())

@@ -12,18 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.protos.adapter import Adapter, LoraFactors
-from lamina.protos.errors import ConfigError
-from lamina.protos.messages import Update
+from lamina.protos.errors import AdapterMismatch, ConfigError
+from lamina.protos.messages import Trainable, Update
 from lamina.protos.privacy.events import Event, from_json
 from lamina.protos.privacy.noise import seeded
+from lamina.protos.sides import numbers_of, with_numbers
 from lamina.strategies import Options, build, central
 from lamina.strategies.base import ServerState, Strategy
 from lamina.strategies.central import Central, clipping, private
 from tests.federation import MODULES, spec
-from tests.property.oracles import UNUSED, Federation, Matrix, federations, strategy_of
+from tests.property.oracles import UNUSED, Federation, Matrix, federations, sides, strategy_of
 from tests.property.test_linear import Round, campaign_of, rounds_of
 
-NAMES = ("ffa", "alternate")
+NAMES = ("ffa", "alternate", "core")
 # So little noise that what is seen is the sum before it; float32 storage is coarser.
 SILENT = 1e-9
 
@@ -55,27 +56,26 @@ def stepped(strategy: Strategy, played: Round, updates: Sequence[Update]) -> Mat
     return moved(played.before, after, side_of(played))
 
 
-def side_of(played: Round) -> str:
+def side_of(played: Round) -> Trainable:
     return next(iter(played.releases.values())).train
 
 
 def rounding(played: Round) -> float:
     """Of the stored factors: they are float32, whatever is added."""
     state = played.before.adapter
-    values = [np.abs(f.A).max(initial=0) + np.abs(f.B).max(initial=0) for f in state.lora.values()]
-    size = sum(f.A.size + f.B.size for f in state.lora.values()) + sum(v.size for v in state.dense.values())
+    values = [sum(np.abs(one).max(initial=0) for one in sides(f).values()) for f in state.lora.values()]
+    size = sum(one.size for f in state.lora.values() for one in sides(f).values())
+    size += sum(v.size for v in state.dense.values())
     values += [np.abs(value).max() for value in state.dense.values()]
     return 2 * float(max(values)) * math.sqrt(size) * 2.0**-24
 
 
-def times(update: Update, start: Adapter, factor: float, side: str) -> Update:
+def times(update: Update, start: Adapter, factor: float, side: Trainable) -> Update:
     """The update with its change multiplied."""
     lora = {}
     for module, f in update.adapter.lora.items():
-        old = start.lora[module]
-        rows = old.A + factor * (f.A - old.A) if side == "A" else f.A
-        columns = old.B + factor * (f.B - old.B) if side == "B" else f.B
-        lora[module] = LoraFactors(rows, columns, f.scale)
+        old = numbers_of(start.lora[module], side)
+        lora[module] = with_numbers(f, side, old + factor * (numbers_of(f, side) - old))
     dense = {
         name: start.dense[name] + factor * (value - start.dense[name]) for name, value in update.adapter.dense.items()
     }
@@ -216,3 +216,15 @@ def test_changes_are_in_global_slots_and_at_the_global_scale() -> None:
     trained = Adapter({"m": LoraFactors(np.ones((1, 3)), np.ones((4, 1)), 6.0)}, {})
     assert np.array_equal(central.change(current, trained, start, "B")["m"], np.full((4, 1), 3.0))
     assert np.array_equal(central.change(current, trained, start, "A")["m"], np.ones((1, 3)))
+
+
+def test_a_core_is_clipped_and_noised_and_nothing_else() -> None:
+    """By hand, as above: the core of a client of rank 1 moves by 3 in its one slot, and the frozen factors stay as they are."""
+    rows, columns = np.ones((2, 3), np.float32), np.ones((4, 2), np.float32)
+    current = Adapter({"m": LoraFactors(rows, columns, 2.0, np.zeros((2, 2), np.float32))}, {})
+    start = Adapter({"m": LoraFactors(rows[:1], columns[:, :1], 6.0, np.zeros((1, 1)))}, {})
+    trained = Adapter({"m": LoraFactors(rows[:1], columns[:, :1], 6.0, np.ones((1, 1)))}, {})
+    assert np.array_equal(central.change(current, trained, start, "core")["m"], np.full((1, 1), 3.0))
+    assert central.nothing(current, "core")["m"].shape == (2, 2)
+    with pytest.raises(AdapterMismatch, match="lora_core"):
+        central.nothing(Adapter({"m": LoraFactors(rows, columns)}, {}), "core")
