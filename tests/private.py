@@ -24,21 +24,24 @@ from lamina.protos.config import TrainConfig
 Gradients = dict[str, torch.Tensor]
 
 
-def adapter(base: Base, rank: int = 3, size: float = 0.1) -> Adapter:
+def adapter(base: Base, rank: int = 3, size: float = 0.1, cored: bool = False) -> Adapter:
     rng = np.random.default_rng(0)
 
     def drawn(*sides: int) -> Any:
         return rng.normal(0, size, sides).astype(np.float32)
 
     return Adapter(
-        {name: LoraFactors(drawn(rank, d_in), drawn(d_out, rank), 2.0) for name, (d_out, d_in) in base.spec.modules.items()}
+        {
+            name: LoraFactors(drawn(rank, d_in), drawn(d_out, rank), 2.0, drawn(rank, rank) if cored else None)
+            for name, (d_out, d_in) in base.spec.modules.items()
+        }
     )
 
 
 def filled(base: Base, sides: str = "AB", also: Sequence[str] = ()) -> dict[str, Parameter]:
     """What is trained: factors, dense parameters, and whatever ends in one of some words."""
     base.model.requires_grad_(False)
-    put(base, adapter(base), None, sides=sides)
+    put(base, adapter(base, cored=sides == "core"), None, sides=sides)
     found = trainable_parameters(base)
     for name, parameter in base.model.named_parameters():
         if any(name.endswith(word) for word in also):
