@@ -1,9 +1,9 @@
 """What privacy costs in time: a DP step beside a plain LoRA step and beside Opacus, and a secure sum of ten clients.
 
-The step: a LLaMA of hidden size 256 with 4 layers, LoRA of rank 16 on every linear layer, 16 rows of 128 tokens, one thread.
-Each arm takes whole optimizer steps of AdamW, four in a turn (a round), on a model of its own: ours with clipping row by row and the deployment's noise, the
-plain one as a client trains without privacy, and Opacus with hooks and with ghost clipping, with its own noise and the same loss
-by row. Arms take turns; a ratio is the median over turns of two arms' CPU time in one turn.
+The step: a LLaMA of hidden size 256 with 4 layers, LoRA of rank 16 on every linear layer, 16 rows of 128 tokens, one thread. Each
+arm takes whole optimizer steps of AdamW, four in a turn (a round), on a model of its own: ours with clipping row by row and the
+deployment's noise, the plain one as a client trains without privacy, and Opacus with hooks and with ghost clipping, with its own
+noise and the same loss by row. Arms take turns; a ratio is the median over turns of two arms' CPU time in one turn.
 
 The secure sum: ten clients with certificates' keys, ten million numbers each; one is lost after it has sent its shares, so that
 its masks must be rebuilt. CPU time of a client (the mean) and of the coordinator, without network and encoding.

@@ -236,7 +236,14 @@ class SiteWorker:
 
     def _examples(self, config: Config, spec: AdapterSpec) -> OwnExamples:
         """The site's examples, made once for one length; before there is a base, so that a plan sees what they take."""
-        key = (config.task, spec.labels, str(config.data), str(config.privacy), config.train.max_length, config.evaluate.split)
+        key = (
+            config.task,
+            spec.labels,
+            str(config.data),
+            str(config.privacy),
+            config.train.max_length,
+            config.evaluate.split,
+        )
         if self._data is None or self._data[0] != key:
             self._say(f"reading {config.data.source}")
             tokenizer = load_tokenizer(resolved(config.model.source), config.model.revision)

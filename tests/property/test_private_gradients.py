@@ -123,7 +123,13 @@ def test_activations_that_are_computed_again(base: Callable[..., Base], reentran
 
 @pytest.mark.parametrize(
     ("number_format", "compute", "most"),
-    [("bf16", "bf16", 5e-3), ("nf4", "fp32", 1e-5), ("int8", "fp32", 1e-5), ("nf4", "bf16", 3e-2), ("int8wo", "fp32", 1e-5)],
+    [
+        ("bf16", "bf16", 5e-3),
+        ("nf4", "fp32", 1e-5),
+        ("int8", "fp32", 1e-5),
+        ("nf4", "bf16", 3e-2),
+        ("int8wo", "fp32", 1e-5),
+    ],
 )
 def test_bases_in_fewer_bits(base: Callable[..., Base], number_format: str, compute: str, most: float) -> None:
     assert worst(base("llama", number_format, compute)) <= most
@@ -196,7 +202,9 @@ def check_small(model: nn.Module, x: torch.Tensor) -> None:
     norm=st.sampled_from([nn.LayerNorm, nn.RMSNorm, GemmaRMSNorm]),
     count=st.integers(1, 5),
     positions=st.integers(1, 7),
-    frozen=st.sets(st.sampled_from(["first.weight", "first.bias", "norm.weight", "norm.bias", "head.weight", "again.bias"])),
+    frozen=st.sets(
+        st.sampled_from(["first.weight", "first.bias", "norm.weight", "norm.bias", "head.weight", "again.bias"])
+    ),
 )
 def test_layers_of_every_kind(norm: Any, count: int, positions: int, frozen: set[str]) -> None:
     torch.manual_seed(count)
@@ -216,10 +224,14 @@ def refused(model: nn.Module, match: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Embedding(5, 6), nn.Conv1d(6, 6, 1), nn.Bilinear(6, 6, 6), OddRMSNorm(6), nn.BatchNorm1d(6), nn.PReLU()]
+    "layer",
+    [nn.Embedding(5, 6), nn.Conv1d(6, 6, 1), nn.Bilinear(6, 6, 6), OddRMSNorm(6), nn.BatchNorm1d(6), nn.PReLU()],
 )
 def test_what_is_not_covered_is_refused_by_name(layer: nn.Module) -> None:
-    refused(nn.ModuleDict({"fine": nn.Linear(2, 2), "odd": layer}), r"odd\.\w+: expected a trained parameter of a linear layer")
+    refused(
+        nn.ModuleDict({"fine": nn.Linear(2, 2), "odd": layer}),
+        r"odd\.\w+: expected a trained parameter of a linear layer",
+    )
 
 
 def test_dora_is_refused(folder: Path) -> None:
