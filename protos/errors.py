@@ -9,8 +9,10 @@
       UpdateRejected            -  a client's update that is not admitted; counted, never fatal
       TrainingError             2  training that produced non-finite values
       QuorumNotReached          3  too few updates before the deadline
+        SecureSumAborted        3  an attempt at a secure sum that cannot be finished; nothing of it is known
       IdentityError             5  a certificate, key, signature or invite that is not trusted
       PolicyRefused             5  terms or an instruction that a site's own policy does not allow
+      SecureSumRefused          5  a secure sum that a site takes no part in, or no further part
 
 A message says what was expected, what was got, where, and what to do next. No message carries a row of data or a secret.
 """
@@ -77,6 +79,10 @@ class QuorumNotReached(LaminaError):
     exit_code = 3
 
 
+class SecureSumAborted(QuorumNotReached):
+    """An attempt at a secure sum that cannot be finished: too few are left, or what came back is no sum of what was asked."""
+
+
 class IdentityError(LaminaError):
     """A certificate, key, signature or invite that is not trusted."""
 
@@ -85,6 +91,12 @@ class IdentityError(LaminaError):
 
 class PolicyRefused(LaminaError):
     """Terms or an instruction of a coordinator that the site's own policy does not allow."""
+
+    exit_code = 5
+
+
+class SecureSumRefused(LaminaError):
+    """A secure sum that would show a site's update, or whose messages are not what they should be."""
 
     exit_code = 5
 
