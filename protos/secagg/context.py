@@ -124,5 +124,5 @@ def check_size(participants: int, threshold: int, where: str) -> None:
     if not least <= threshold <= participants:
         raise SecureSumRefused(
             f"{where}: expected a threshold of {least} to {participants} of {participants} participants, got {threshold}. "
-            f"Set privacy.secagg_threshold={default_threshold(participants)}, or leave it out."
+            f"The default is {default_threshold(participants)}."
         )

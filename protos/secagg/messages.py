@@ -5,6 +5,8 @@
 - `Masked`, answered by `Survivors`: the vector under its masks, and then whose vectors have come.
 - `Agreement`, answered by `Agreed`: a signature over that set, and then at least the threshold of these.
 - `Revealed`: of each participant a share of one secret or the other.
+
+Before them comes `Opening`, in place of any of them `Declined`.
 """
 
 from __future__ import annotations
@@ -15,8 +17,34 @@ from dataclasses import dataclass
 
 from lamina.protos.adapter import Array
 from lamina.protos.identity import canonical
+from lamina.protos.secagg.context import Context
+from lamina.protos.secagg.coordinates import Rule
 
 KEYS_DOMAIN, SURVIVORS_DOMAIN = "secagg-keys", "secagg-survivors"
+
+
+@dataclass(frozen=True)
+class Opening:
+    """An attempt, as participants are told of it.
+
+    Attributes:
+        context: The attempt.
+        ranks: Module -> rank of the global factors.
+        scales: Module -> their scale.
+        rule: How changes are weighed.
+    """
+
+    context: Context
+    ranks: Mapping[str, int]
+    scales: Mapping[str, float]
+    rule: Rule
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A participant gives an attempt up; why stays in its own log."""
+
+    name: str
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,10 @@ from lamina.protos.secagg.messages import (
     Advertisement,
     Agreed,
     Agreement,
+    Declined,
     Delivered,
     Masked,
+    Opening,
     Revealed,
     Shares,
     Survivors,
@@ -33,8 +35,8 @@ from lamina.protos.secagg.messages import (
     view_of,
 )
 
-Up = Advertisement | Shares | Masked | Agreement | Revealed
-Down = Advertised | Delivered | Survivors | Agreed
+Up = Advertisement | Shares | Masked | Agreement | Revealed | Declined
+Down = Opening | Advertised | Delivered | Survivors | Agreed
 # Of a secret whose shares do not agree: sets of shares that are tried before the attempt is given up.
 _TRIES = 200
 
@@ -176,6 +178,8 @@ def receive(state: State, client: str, message: Up) -> State:
             "duplicate", f"client {client}: expected one message of a participant that is still there."
         )
     match state, message:
+        case _, Declined():
+            raise UpdateRejected("declined", f"client {client}: has given the secure sum up; its own log says why.")
         case Advertising(), Advertisement():
             return _advertised(state, message)
         case Sharing(), Shares():
