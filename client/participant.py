@@ -21,7 +21,7 @@ from lamina.protos import seeds
 from lamina.protos.adapter import EMPTY, Adapter, is_finite
 from lamina.protos.blobs import blob
 from lamina.protos.codec import WireFormat, encode_update, loaded, opened
-from lamina.protos.config import TrainConfig
+from lamina.protos.config import Config, TrainConfig
 from lamina.protos.errors import AdapterMismatch, TrainingError
 from lamina.protos.messages import Budget, Instruction, Reply, Update
 from lamina.protos.privacy.accounting import epsilon
@@ -66,6 +66,18 @@ class Site:
     wire: WireFormat
     seed: int
     private: Private | None = None
+
+
+def update_format(config: Config) -> WireFormat:
+    """The number format of a client's updates.
+
+    Args:
+        config: Of the run.
+
+    Returns:
+        That of the wire; fp32 where an update stays at its client and only a sum is seen.
+    """
+    return "fp32" if config.privacy.secagg else config.wire.format  # type: ignore[return-value]
 
 
 Progress = Callable[[int, float], None]

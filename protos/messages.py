@@ -163,9 +163,11 @@ class Reply:
         update: Encoded update, or None.
         failure: A scrubbed code and sentence where there is neither update nor figures.
         figures: Of an evaluation: `nats`, `targets`, `hits`.
+        trained: Whether the client has its update ready for a secure sum, and keeps it.
     """
 
     client_id: str
     update: Blob | None
     failure: str = ""
     figures: Mapping[str, float] | None = None
+    trained: bool = False

@@ -14,6 +14,7 @@ from lamina.protos.files import sha256
 from lamina.protos.messages import Budget
 from lamina.protos.privacy.noise import Stream, secret
 from lamina.protos.ranks import SPREAD, check, ends_so, uniform
+from lamina.protos.secagg.coordinates import Rule
 from lamina.protos.spec import AdapterSpec
 from lamina.server import privacy
 from lamina.strategies import Options, Strategy, build
@@ -46,6 +47,8 @@ class Campaign:
         max_norm: See `admission.Expected`.
         plan: What client-dp is in the run, or None.
         streams: Where the coordinator's private randomness comes from.
+        masking: How changes are weighed and encoded where only their sum is seen, or None.
+        wait_s: Longest wait for a step of such a sum.
     """
 
     run_id: str
@@ -65,6 +68,8 @@ class Campaign:
     max_norm: float | None = None
     plan: privacy.Plan | None = None
     streams: privacy.Streams = secret_streams
+    masking: Rule | None = None
+    wait_s: float | None = None
 
     def present(self, round_number: int) -> Mapping[str, Budget]:
         """The clients that have joined by a round, where all were known before the run."""
@@ -75,7 +80,7 @@ class Campaign:
 FREE_KEYS = (
     "output", "resume", "threads", "checkpoints", "keep_updates", "baselines", "data.generate", "insecure",
     "clients.quorum", "clients.start", "clients.deadline_s", "clients.patience_s", "evaluate.deadline_s",
-    "wire.chunk_bytes", "wire.heartbeat_s", "lora.rank",
+    "wire.chunk_bytes", "wire.heartbeat_s", "lora.rank", "privacy.secagg_wait_s",
 )  # fmt: skip
 FREE_SECTIONS = ("coordinator.", "client.")
 
@@ -223,7 +228,34 @@ def campaign(
         max_norm=config.aggregation.max_norm,
         plan=plan,
         streams=streams,
+        masking=masking(config),
+        wait_s=config.privacy.secagg_wait_s,
     )
+
+
+def masking(config: Config) -> Rule | None:
+    """How changes are weighed and encoded in secure sums.
+
+    Args:
+        config: A checked config.
+
+    Returns:
+        The rule, None without secure aggregation.
+
+    Raises:
+        ConfigError: If weights are asked for without the number that bounds them.
+    """
+    privacy, weights = config.privacy, config.aggregation.weights
+    if not privacy.secagg:
+        return None
+    if weights == "uniform":
+        return Rule("uniform", 1, privacy.secagg_range)
+    if privacy.secagg_examples is None:
+        raise ConfigError(
+            "privacy.secagg_examples: expected the public number of examples that gives a client full weight, as the sum of "
+            "weights is all that is seen. Set it to what the largest site has, about, or aggregation.weights=uniform."
+        )
+    return Rule("num_examples", privacy.secagg_examples, privacy.secagg_range)
 
 
 def fixed_settings(config: Config, spec: AdapterSpec) -> dict[str, Any]:

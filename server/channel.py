@@ -5,10 +5,12 @@ The round loop sees only `Channel`; what is above it is tested in memory and run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from lamina.protos.messages import Instruction, Reply
+from lamina.protos.secagg.context import Participant
+from lamina.protos.secagg.server import Down, Up
 
 
 class Channel(Protocol):
@@ -48,3 +50,47 @@ class MemoryChannel:
             reply = self._clients[instruction.client_id](instruction)
             if reply is not None:
                 yield reply
+
+
+class Sums(Protocol):
+    """Carries the messages of secure sums."""
+
+    def ready(self, round_number: int, clients: Collection[str]) -> tuple[Participant, ...]:
+        """Those of the clients that have trained in a round and can be summed now, in the order of their names."""
+        ...
+
+    def exchange(self, told: Mapping[str, Down], until_s: float | None) -> Iterable[tuple[str, Up]]:
+        """Tell each client something; answers as they come, until all came or `until_s` seconds have passed."""
+        ...
+
+
+Take = Callable[[Down], Up | None]
+
+
+class MemorySums:
+    """Clients in this process; one that answers None has dropped out for the rest of the round.
+
+    Args:
+        clients: Client id -> what answers its messages.
+    """
+
+    def __init__(self, clients: Mapping[str, Take]) -> None:
+        self._clients = clients
+        self._gone: set[tuple[int, str]] = set()
+        self._round = 0
+
+    def ready(self, round_number: int, clients: Collection[str]) -> tuple[Participant, ...]:
+        """Whoever has not dropped out; without identities, as all are in one process."""
+        self._round = round_number
+        return tuple(Participant(name) for name in sorted(clients) if (round_number, name) not in self._gone)
+
+    def exchange(self, told: Mapping[str, Down], until_s: float | None) -> Iterable[tuple[str, Up]]:
+        """Ask each client when its answer is drawn; `until_s` has no meaning here."""
+        for name, message in told.items():
+            if (self._round, name) in self._gone:
+                continue
+            answer = self._clients[name](message)
+            if answer is None:
+                self._gone.add((self._round, name))
+            else:
+                yield name, answer

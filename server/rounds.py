@@ -13,15 +13,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 
 from lamina.protos import seeds
-from lamina.protos.errors import QuorumNotReached, UpdateRejected
-from lamina.protos.messages import Budget, Rejection, Reply, Update
-from lamina.server import admission, selection
+from lamina.protos.errors import ConfigError, QuorumNotReached, UpdateRejected
+from lamina.protos.messages import Budget, Rejection, Release, Reply, Update
+from lamina.protos.sides import Side
+from lamina.server import admission, secure, selection
 from lamina.server.campaign import Campaign
-from lamina.server.channel import Channel
+from lamina.server.channel import Channel, Sums
 from lamina.server.releases import Sent, holding, release_errors, released, started, trained
 from lamina.server.store.base import Collected, Completed, Evaluation, Opened, Store, evaluation_record
 from lamina.strategies.base import ServerState, client_weights
@@ -43,6 +45,7 @@ class Loop:
         evaluate: Held-out figures of a state, given what clients hold; None where its round is not evaluated.
         store: Makes each step durable.
         present: Round -> who may be asked; default: the campaign's own clients.
+        sums: To the clients, where only the sum of their updates is seen.
     """
 
     campaign: Campaign
@@ -50,6 +53,7 @@ class Loop:
     evaluate: Evaluate
     store: Store = field(default_factory=Store)
     present: Present | None = None
+    sums: Sums | None = None
 
 
 def run(loop: Loop, resumed: Completed | None = None) -> ServerState:
@@ -102,18 +106,22 @@ def run_round(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Comple
     with ThreadPoolExecutor(1, initializer=_politely) as beside:
         # While the clients train: it takes a while on large layers, and nothing waits for it.
         errors = beside.submit(release_errors, loop.campaign, state, round_open.sent)
-        _collect(loop, round_open, collected)
+        if loop.campaign.masking is None:
+            _collect(loop, round_open, collected)
+        else:
+            _sum(loop, state, round_open, collected)
         collected.seconds = time.monotonic() - started
         collected.errors = errors.result()
-    if len(collected.updates) < _quorum(loop.campaign, round_open):
+    if len(collected.clients) < _quorum(loop.campaign, round_open):
         loop.store.miss(number)
         reasons = ", ".join(sorted({r.reason for r in collected.rejections})) or "no reply"
         raise QuorumNotReached(
             f"round {number}: expected at least {loop.campaign.quorum} accepted updates of {len(round_open.sent)} asked, "
-            f"got {len(collected.updates)} ({reasons}). Start again when more clients can "
+            f"got {len(collected.clients)} ({reasons}). Start again when more clients can "
             "answer: what arrived is kept, and everyone else is asked again. Or lower clients.quorum."
         )
-    loop.store.close(number)
+    if collected.sum is None:
+        loop.store.close(number)
     collected.rejections += loop.store.refused(number)
     completed = _step(loop.campaign, state, held, round_open, collected)
     loop.store.save(completed)
@@ -136,14 +144,13 @@ def _step(
 ) -> Completed:
     """The next state and the round's record, as yet without held-out figures."""
     sent = round_open.sent
-    releases = {client: started(campaign, sent[client]) for client in collected.updates}
-    updates = [trained(collected.updates[client], releases[client]) for client in sorted(collected.updates)]
+    updates, releases = _updates(campaign, state, sent, collected)
     began = time.monotonic()
     after = campaign.strategy.step(state, updates, releases, seeds.stream(campaign.seed, "step", round_open.round))
     train_losses = _claimed(updates, "train_loss")
     record = {
         "round": round_open.round,
-        "clients": [u.client_id for u in updates],
+        "clients": collected.clients,
         "asked": sorted(sent),
         "rejections": [_rejection_record(rejection) for rejection in collected.rejections],
         **evaluation_record(None),
@@ -159,9 +166,31 @@ def _step(
         "seconds_train": sum(_claimed(updates, "seconds")),
         "epsilon": None,
     }
-    now_held = dict(held) | {client: sent[client].instruction.version for client in collected.updates}
+    now_held = dict(held) | {client: sent[client].instruction.version for client in collected.clients}
     weights = client_weights(updates, campaign.weighting) if updates else {}
     return Completed(after, record, updates, releases, weights, now_held, announced=False)
+
+
+def _updates(
+    campaign: Campaign, state: ServerState, sent: Mapping[str, Sent], collected: Collected
+) -> tuple[list[Update], dict[str, Release]]:
+    """What the strategy takes its step with: each client's update, or one that stands for all."""
+    if collected.sum is not None:
+        update, release = secure.as_one_update(campaign.run_id, state, collected.sum, _side(sent))
+        return [update], {update.client_id: release}
+    releases = {client: started(campaign, sent[client]) for client in collected.updates}
+    return [trained(collected.updates[client], releases[client]) for client in sorted(collected.updates)], releases
+
+
+def _side(sent: Mapping[str, Sent]) -> Side:
+    """The one factor that a round trains."""
+    sides = {one.instruction.train for one in sent.values()}
+    if len(sides) != 1 or sides == {"AB"}:
+        raise ConfigError(
+            f"privacy.secagg=true: expected a strategy that trains one factor a round, got {', '.join(sorted(sides))}. "
+            "Set strategy=ffa, or privacy.secagg=false."
+        )
+    return cast(Side, sides.pop())
 
 
 def _rejection_record(rejection: Rejection) -> dict[str, str]:
@@ -242,6 +271,29 @@ def _collect(loop: Loop, round_open: Opened, collected: Collected) -> None:
             return
 
 
+def _sum(loop: Loop, state: ServerState, round_open: Opened, collected: Collected) -> None:
+    """Wait until the clients have trained, then learn the sum of what they keep."""
+    campaign = loop.campaign
+    if campaign.masking is None or loop.sums is None:
+        raise ConfigError("privacy.secagg=true: expected a channel that carries secure sums, got another.")
+
+    def came(num_bytes: int) -> None:
+        collected.num_bytes += num_bytes
+
+    def refuse(rejection: Rejection) -> None:
+        _refuse(loop, round_open, rejection, collected)
+
+    ready = set()
+    for reply in loop.channel.replies(campaign.deadline_s):
+        if reply.trained:
+            ready.add(reply.client_id)
+        else:
+            refuse(Rejection(reply.client_id, "failed", reply.failure))
+    layout = secure.layout_of(campaign, campaign.masking, state, _side(round_open.sent))
+    summing = secure.Summing(campaign, layout, loop.sums, loop.store, refuse, came)
+    collected.sum = secure.gathered(summing, state.round, ready)
+
+
 def _has_enough(round_open: Opened, collected: Collected) -> bool:
     """Whether more were asked than are wanted, and so many have answered; otherwise everyone is heard."""
     return len(round_open.sent) > round_open.wanted <= len(collected.updates)
@@ -250,10 +302,14 @@ def _has_enough(round_open: Opened, collected: Collected) -> bool:
 def _judge(loop: Loop, round_open: Opened, reply: Reply, collected: Collected) -> None:
     rejection = _admitted(loop, round_open, reply, collected)
     if rejection is not None:
-        loop.store.reject(round_open.round, rejection)
-        known = {(one.client_id, one.reason) for one in collected.rejections}
-        if (rejection.client_id, rejection.reason) not in known:  # once, however often a client sends such
-            collected.rejections.append(rejection)
+        _refuse(loop, round_open, rejection, collected)
+
+
+def _refuse(loop: Loop, round_open: Opened, rejection: Rejection, collected: Collected) -> None:
+    loop.store.reject(round_open.round, rejection)
+    known = {(one.client_id, one.reason) for one in collected.rejections}
+    if (rejection.client_id, rejection.reason) not in known:  # once, however often a client sends such
+        collected.rejections.append(rejection)
 
 
 def _admitted(loop: Loop, round_open: Opened, reply: Reply, collected: Collected) -> Rejection | None:

@@ -5,6 +5,7 @@ Nothing of the method is here: clients answer through the same messages, bytes a
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,19 +17,27 @@ from safetensors.numpy import save as save_tensors
 from lamina.client.evaluate import score
 from lamina.client.frozen import Frozen, from_files, to_files
 from lamina.client.model import Base, put
-from lamina.client.participant import ClientState, Shared, Site, respond
+from lamina.client.participant import ClientState, Shared, Site, respond, update_format
 from lamina.client.sizing import importance
+from lamina.client.summing import Part, answered
 from lamina.protos import seeds
 from lamina.protos.adapter import Adapter
 from lamina.protos.config import Config, client_names, per_client
-from lamina.protos.errors import CheckpointError, TrainingError
+from lamina.protos.errors import CheckpointError, SecureSumRefused, TrainingError
 from lamina.protos.files import sha256
 from lamina.protos.messages import Budget, Instruction, Reply
+from lamina.protos.secagg.client import Me
+from lamina.protos.secagg.client import State as SumState
+from lamina.protos.secagg.messages import Declined
+from lamina.protos.secagg.server import Down, Up
 from lamina.server.campaign import fixed_settings
-from lamina.server.channel import MemoryChannel
+from lamina.server.channel import MemoryChannel, MemorySums
 from lamina.server.store.base import Completed, Evaluation
 from lamina.simulations.prepare import Prepared
 from lamina.simulations.private import mechanisms
+
+# Of a client in a secure sum: keys, shares, vector, signature, shares of the others' secrets.
+MESSAGES = 5
 
 
 class Watcher(Protocol):
@@ -88,6 +97,34 @@ def identity(
 
 
 @dataclass
+class Summer:
+    """A client in a round's secure sums, in this process.
+
+    Attributes:
+        client_id: Its name.
+        part: What it puts in.
+        steps: Messages until it drops out, or None.
+        state: Where it is in the attempt under way.
+    """
+
+    client_id: str
+    part: Part
+    steps: int | None
+    state: SumState | None = None
+
+    def take(self, message: Down) -> Up | None:
+        """The client's answer, None once it has dropped out."""
+        if self.steps == 0:
+            return None
+        self.steps = None if self.steps is None else self.steps - 1
+        try:
+            self.part, self.state, answer = answered(self.part, Me(self.client_id), self.state, message)
+        except SecureSumRefused:
+            return Declined(self.client_id)
+        return answer
+
+
+@dataclass
 class Cohort:
     """The clients of a simulation and what each carries from round to round."""
 
@@ -97,14 +134,23 @@ class Cohort:
     watcher: Watcher
     states: dict[str, ClientState] = field(default_factory=dict)
     shared: Shared = field(default_factory=dict)
+    summing: dict[str, Summer] = field(default_factory=dict)
 
     def channel(self) -> MemoryChannel:
         """A channel to these clients."""
         return MemoryChannel(dict.fromkeys(self.sites, self._answer))
 
+    def sums(self) -> MemorySums:
+        """A channel for secure sums over these clients."""
+        return MemorySums({client: functools.partial(self._take, client) for client in self.sites})
+
+    def _take(self, client: str, message: Down) -> Up | None:
+        return self.summing[client].take(message)
+
     def _answer(self, instruction: Instruction) -> Reply | None:
         client, config = instruction.client_id, self.config
-        if self._drops_out(client, instruction.round):
+        steps = self._steps(client, instruction.round)
+        if steps == 0:
             return None
         site = self.sites[client]
 
@@ -116,11 +162,22 @@ class Cohort:
         held = {state.frozen.digest for state in self.states.values() if state.frozen is not None}
         for digest in [digest for digest in self.shared if digest not in held]:
             del self.shared[digest]
-        return reply
+        if reply.update is None or not config.privacy.secagg:
+            return reply
+        spec = self.bases[client].spec
+        part = Part(instruction, reply.update, spec, site.budget, config.seed)
+        self.summing[client] = Summer(client, part, steps)
+        return Reply(client, None, trained=True)
 
-    def _drops_out(self, client: str, round_number: int) -> bool:
-        chance = seeds.stream(self.config.seed, "dropout-client", client, round_number).random()
-        return bool(chance < self.config.clients.dropout_rate)
+    def _steps(self, client: str, round_number: int) -> int | None:
+        """How much a client does of a round before it drops out; 0 for nothing, None for all.
+
+        With secure aggregation there are more ways to drop out than not to answer: after each message of the sum.
+        """
+        rng = seeds.stream(self.config.seed, "dropout-client", client, round_number)
+        if rng.random() >= self.config.clients.dropout_rate:
+            return None
+        return int(rng.integers(MESSAGES)) if self.config.privacy.secagg else 0
 
     def files(self) -> dict[str, bytes]:
         """What the clients carry, as checkpoint files."""
@@ -216,7 +273,7 @@ def cohort(config: Config, prepared: Prepared, found: Mapping[str, Budget], watc
             budget=budget,
             train=config.train,
             rounds=config.rounds,
-            wire=config.wire.format,  # type: ignore[arg-type]
+            wire=update_format(config),
             seed=config.seed,
             private=private.get(client),
         )

@@ -107,7 +107,7 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
         latest[state.round] = engine.evaluate(prepared, state.adapter, config, f"round {state.round}")
         return latest[state.round]
 
-    state = run_rounds(Loop(campaign, cohort.channel(), evaluated, store), resumed)
+    state = run_rounds(Loop(campaign, cohort.channel(), evaluated, store, sums=cohort.sums()), resumed)
     final = latest.get(state.round) or engine.evaluate(prepared, state.adapter, config, f"round {state.round}")
     baselines = measure_baselines(config, prepared, found, base_figures, watcher.say)
     clock = {"total": time.monotonic() - started, "base": base_seconds}
@@ -121,9 +121,11 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
 
 
 def _pinned(config: Config, prepared: Prepared) -> Config:
-    """The config with what loading found out: the ordered labels, and the commit of a hub model."""
-    data = replace(config.data, labels=list(prepared.labels))
-    return replace(config, data=data, model=replace(config.model, revision=prepared.base.revision))
+    """The config with what loading found out: the ordered labels, the commit of a hub model, and a bound for secure sums."""
+    data, privacy = replace(config.data, labels=list(prepared.labels)), config.privacy
+    if privacy.secagg and privacy.secagg_examples is None:
+        privacy = replace(privacy, secagg_examples=max(len(examples) for examples in prepared.train.values()))
+    return replace(config, data=data, privacy=privacy, model=replace(config.model, revision=prepared.base.revision))
 
 
 def _start(config: Config, path: Path, fixed: Mapping[str, Any], cohort: engine.Cohort) -> Completed | None:

@@ -16,6 +16,8 @@ OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 _EXACT = ("recompress", "residual", "stack")
 # Clients find their factors in the same coordinates in every round.
 _STABLE = ("fedavg", "zeropad", "ffa", "core")
+# The server needs sums of updates only.
+_LINEAR = ("ffa", "alternate", "core")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -84,6 +86,9 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "evaluate.max_examples": (1, math.inf, True),
     "evaluate.batch_size": (1, math.inf, True),
     "data.generate": (0, 1000, True),
+    "privacy.secagg_range": (0, 1e6, False),
+    "privacy.secagg_examples": (1, 1e9, True),
+    "privacy.secagg_wait_s": (0, 1e6, False),
     "checkpoints": (1, math.inf, True),
     "threads": (0, 4096, True),
     "privacy.epsilon": (0, 64, False),
@@ -212,6 +217,7 @@ def _check_together(config: Config) -> None:
                 f"clients.names: expected letters, digits and . _ - only, at most 64, as in a certificate, got {name!r}."
             )
     _check_quorum(config)
+    _check_secagg(config)
     formats_of(config)
     if not isinstance(config.lora.rank_pattern, Mapping):
         raise ConfigError(
@@ -308,6 +314,48 @@ def _check_quorum(config: Config) -> None:
             f"clients.start={clients.start}: expected at least clients.quorum={clients.quorum}, or the first round could "
             "not count. Raise it, or lower the quorum."
         )
+
+
+def _check_secagg(config: Config) -> None:
+    """Raise for whatever needs to see a single update, or lets one be told from two sums."""
+    if not config.privacy.secagg:
+        return
+    clients, aggregation = config.clients, config.aggregation
+    asked = max(1, round(clients.count * clients.fraction))
+    refusals = [
+        (
+            config.strategy.name not in _LINEAR,
+            f"strategy={config.strategy.name} needs each update by itself, a secure sum gives their sum. Set strategy to one "
+            f"of {', '.join(_LINEAR)}",
+        ),
+        (
+            asked < 3,
+            f"a round asks {asked} of clients.count={clients.count}, and of two each learns the other's update by subtracting "
+            "its own. Have at least 3 asked",
+        ),
+        (
+            clients.carry_rounds > 0,
+            f"clients.carry_rounds={clients.carry_rounds}: masks are bound to one round's clients. Set it to 0",
+        ),
+        (
+            clients.over_selection > 0,
+            f"clients.over_selection={clients.over_selection:g}: whoever is not waited for is in no sum. Set it to 0",
+        ),
+        (config.keep_updates, "keep_updates=true: nobody has single updates to keep. Set it to false"),
+        (
+            aggregation.weights == "contributors",
+            "aggregation.weights=contributors needs each module's contributors, which nobody sees. Set it to num_examples or "
+            "uniform",
+        ),
+        (
+            aggregation.max_norm is not None,
+            "aggregation.max_norm needs the norm of each update, which nobody sees. Leave it out; privacy.secagg_range bounds "
+            "each number",
+        ),
+    ]
+    for wrong, why in refusals:
+        if wrong:
+            raise ConfigError(f"privacy.secagg=true: {why}, or set privacy.secagg=false.")
 
 
 def _holdout(value: str) -> None:

@@ -226,7 +226,16 @@ class PrivacyConfig:
     noise_multiplier: float | None = _doc(None, "noise by hand, in units of the clipping norm; default: by epsilon")
     clip_norm: float = _doc(1.0, "client-dp: largest L2 norm of a client's change (example-dp: train.max_grad_norm)")
     user_rows: int = _doc(8, "unit=user: most rows of one user in a step")
-    secagg: bool = _doc(False, "secure aggregation")
+    secagg: bool = _doc(False, "secure aggregation: the coordinator sees sums of updates only (ffa, alternate)")
+    secagg_range: float = _doc(
+        1.0, "secure aggregation: largest change of a number in a round; a larger one is refused"
+    )
+    secagg_examples: int | None = _doc(
+        None,
+        "secure aggregation, with aggregation.weights=num_examples: the public number of examples that gives full weight; "
+        "in a simulation by default the most that a client has",
+    )
+    secagg_wait_s: float = _doc(300.0, "deployment: longest wait for each step of a secure sum")
     nominal_examples: Any = _doc(
         None,
         "public number of examples (unit=user: of users) that a site declares; in a simulation also one entry a client, "

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lamina.protos.adapter import Adapter
 from lamina.protos.blobs import Blob, blob
 from lamina.protos.messages import Rejection, Release, Reply, Update
 from lamina.server.releases import Sent
@@ -74,6 +75,19 @@ class Opened:
     wanted: int
 
 
+@dataclass(frozen=True)
+class Summed:
+    """What is known of a round's updates where only their sum is seen.
+
+    Attributes:
+        survivors: Whose updates are in it, in order.
+        change: The weighted mean of their changes; see `secagg.coordinates.mean`.
+    """
+
+    survivors: tuple[str, ...]
+    change: Adapter
+
+
 @dataclass
 class Collected:
     """What has come of a round so far.
@@ -84,6 +98,7 @@ class Collected:
         num_bytes: Of all that arrived.
         closed: Whether no further update counts.
         judged: Client id -> SHA-256 of its update that the store had before the round was offered.
+        sum: What a secure sum gave, in place of updates.
         errors: Client id -> how far its release is from the global adapter.
         seconds: From the round's opening to its last update.
     """
@@ -93,8 +108,14 @@ class Collected:
     num_bytes: int = 0
     closed: bool = False
     judged: dict[str, str] = field(default_factory=dict)
+    sum: Summed | None = None
     errors: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def clients(self) -> list[str]:
+        """Whose updates count, in order."""
+        return list(self.sum.survivors) if self.sum is not None else sorted(self.updates)
 
 
 @dataclass(frozen=True)
@@ -171,6 +192,19 @@ class Store:
     def held(self, held: Mapping[str, int]) -> Mapping[str, int]:
         """The versions that clients still hold, of those that they were given."""
         return held
+
+    def reveal(self, round_number: int, survivors: tuple[str, ...]) -> None:
+        """Return only when a restarted loop would ask for no sum of this round but that of these clients.
+
+        They are about to show it; a sum of others of them would show the difference.
+        """
+
+    def revealed(self, round_number: int) -> tuple[str, ...]:
+        """What `reveal` was told of a round, empty where no sum was shown."""
+        return ()
+
+    def summed(self, round_number: int, survivors: tuple[str, ...]) -> None:
+        """These clients have answered in a round; their updates nobody has."""
 
     def close(self, round_number: int) -> None:
         """Return only when a restarted loop would aggregate the updates admitted so far, and no others."""
