@@ -13,11 +13,14 @@ from typing import Any
 
 from lamina.client import policy as policies
 from lamina.client.failures import failure_code, on_disk, where
-from lamina.client.listening import BACKOFF_S, Listener, Log, Settings, Terms, signer
+from lamina.client.listening import BACKOFF_S, Listener, Log, Settings, Terms, signer, verifier
+from lamina.client.masked import Line, certified, follow
 from lamina.client.spool import Finished, Spool, clear_others, newest
+from lamina.client.summing import Part
 from lamina.client.terms import HASH, whole
 from lamina.client.work import Worker
 from lamina.protos import statements as st
+from lamina.protos.adapter import Array
 from lamina.protos.blobs import Blob, blob
 from lamina.protos.chain import WITNESS_DOMAIN, Head, witness_statement
 from lamina.protos.clock import Clock
@@ -30,7 +33,11 @@ from lamina.protos.errors import (
 from lamina.protos.files import alone
 from lamina.protos.link import DATA_LOSS, Link, Refused, Unreachable
 from lamina.protos.messages import Instruction
+from lamina.protos.secagg.client import Me
+from lamina.protos.secagg.context import LEAST
+from lamina.protos.secagg.messages import Opening
 from lamina.protos.spec import AdapterSpec, from_json
+from lamina.protos.statements import budget_of
 
 _TAKEN = "expected one agent, but another agent uses this folder. Stop that one, or take another client.state=."
 _CHANGED: Mapping[str, Any] = {}  # in place of an instruction: another run has begun
@@ -283,31 +290,79 @@ class Agent:
             )
             self._last = last = spool.save(finished)
             self._listener.held = (terms.run_id, last.version)
-        policies.check_upload(self._settings.policy, last.update.num_bytes)
-        self._upload(terms, spool, document, last)
+        if terms.document["task"].get("privacy.secagg") is True:
+            self._sum(terms, spool, document, last)
+            return
+        self._upload(terms, spool, document, last, last.update)
+        spool.accepted(last)
+        self._log("sent", round=last.round, bytes_up=last.update.num_bytes)
 
-    def _upload(self, terms: Terms, spool: Spool, document: Mapping[str, Any], last: Finished) -> None:
+    def _upload(
+        self, terms: Terms, spool: Spool, document: Mapping[str, Any], last: Finished, content: Blob, **more: str
+    ) -> None:
+        policies.check_upload(self._settings.policy, content.num_bytes)
         claim = {
             "kind": st.CLAIM,
             "run_id": terms.run_id,
             "round": last.round,
             "client_id": self._listener.name,
             "parent": last.parent,
-            "sha256": last.update.sha256,
-            "num_bytes": last.update.num_bytes,
+            "sha256": content.sha256,
+            "num_bytes": content.num_bytes,
             "spec": terms.document["spec"][0],
             "witness": self._witness(spool, document),
+            **more,
         }
         signed = st.signed(st.CLAIM, claim, self._sign)
-        path = Path(str(last.update.content))
+        path = Path(str(content.content))
 
         def send() -> None:
             self._still(document)
             self._link.upload(signed, path, int(terms.document["chunk_bytes"]))
 
         self._persist(send)
-        spool.accepted(last)
-        self._log("sent", round=last.round, bytes_up=last.update.num_bytes)
+
+    def _sum(self, terms: Terms, spool: Spool, document: Mapping[str, Any], last: Finished) -> None:
+        """Have the update summed with those of others; it stays here."""
+        identity = self._settings.address.identity
+        instruction = self._instruction(spool, document, terms)
+        budget, seed = budget_of(terms.document["budget"]), int(terms.document["task"]["seed"])
+        part = Part(instruction, last.update, self._spec(terms, spool), budget, seed, spool.shown(last.round))
+        key = b"" if identity is None else identity.peer.signing_key
+        me = Me(self._listener.name, key, self._sign, max(LEAST, self._settings.policy.min_clients))
+        about = {"kind": st.MASKING, "run_id": terms.run_id, "round": last.round, "parent": last.parent}
+
+        def ask(said: dict[str, Any]) -> Mapping[str, Any]:
+            def call() -> Any:
+                self._still(document)
+                return self._link.call("Mask", st.signed(st.MASKING, {**about, **said}, self._sign))
+
+            return st.read(self._persist(call), st.MASKING, verifier(terms.key))
+
+        def upload(attempt: str, values: Array) -> bool:
+            vector = spool.vector(values.tobytes())
+            try:
+                self._upload(terms, spool, document, last, vector, attempt=attempt)
+            except Refused as error:
+                self._log("refused", round=last.round, message=str(error))
+                return False
+            finally:
+                Path(str(vector.content)).unlink(missing_ok=True)
+            self._log("sent", round=last.round, bytes_up=vector.num_bytes)
+            return True
+
+        def known(opening: Opening, certificates: Mapping[str, Any]) -> None:
+            certified(opening, certificates, identity, self._settings.revocations, self._clock.now())
+
+        line = Line(ask, upload, lambda names: spool.show(last.round, names), known, self._log)
+        try:
+            follow(part, me, line)
+        except Superseded:
+            if self._over.is_set() or not spool.shown(last.round):
+                raise
+        if spool.shown(last.round):
+            spool.accepted(last)
+            self._log("summed", round=last.round)
 
     def _witness(self, spool: Spool, document: Mapping[str, Any]) -> list[Any] | None:
         """A countersignature over the head of the log that the instruction names, unless the log has gone back."""

@@ -20,6 +20,7 @@ from lamina.protos.chain import Head, witness_heads, witness_line
 from lamina.protos.errors import CheckpointError, ConfigError
 from lamina.protos.files import append_durably, sha256, write_atomic, write_folder
 
+_SHOWN, _VECTOR = "shown.json", "masked"
 _UPDATE, _META, _SENT, _TRAINED, _PLAN = "update.safetensors", "meta.json", "sent", "trained.txt", "plan.json"
 
 
@@ -149,6 +150,34 @@ class Spool:
         for path in self.releases.glob("*"):
             if path.name.removesuffix(".part") not in keep:
                 path.unlink(missing_ok=True)
+
+    def shown(self, round_number: int) -> tuple[str, ...]:
+        """The clients whose sum this site has helped to show in a round; empty for none."""
+        path = self.root / _SHOWN
+        if not path.exists():
+            return ()
+        try:
+            about, *names = json.loads(path.read_text())
+            if type(about) is not int or not all(isinstance(name, str) for name in names):
+                raise ValueError("something else")
+        except (OSError, ValueError, TypeError, RecursionError):
+            raise CheckpointError(
+                f"{path}: expected whose sum this site has helped to show. Move it away, and leave the open round out: stop this "
+                "agent until it is over."
+            ) from None
+        return tuple(names) if about == round_number else ()
+
+    def show(self, round_number: int, names: tuple[str, ...]) -> None:
+        """Remember whose sum is about to be shown; on disk when this returns."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.root / _SHOWN, json.dumps([round_number, *names]))
+
+    def vector(self, content: bytes) -> Blob:
+        """Keep a masked vector while it is sent."""
+        path = self.root / _VECTOR
+        self.root.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return Blob(sha256(content), len(content), path)
 
     def witnessed(self) -> Head | None:
         """The last head of the coordinator's log that this site has countersigned, or None."""

@@ -23,7 +23,7 @@ from lamina.client.hardware import host_memory, profile, size
 from lamina.client.loading import BaseOptions, check_length, load_base, load_tokenizer, resolved
 from lamina.client.model import Base, put
 from lamina.client.own import OwnExamples, own_examples
-from lamina.client.participant import ClientState, Site, received, respond
+from lamina.client.participant import ClientState, Site, received, respond, update_format
 from lamina.client.policy import Policy
 from lamina.client.private.deployed import private
 from lamina.client.quantised import copies, selftest
@@ -175,7 +175,7 @@ class SiteWorker:
             budget=budget_of(terms["budget"]),
             train=config.train,
             rounds=int(terms["rounds"]),
-            wire=config.wire.format,  # type: ignore[arg-type]
+            wire=update_format(config),
             seed=config.seed,
             private=private(config, int(terms["rounds"])),
         )

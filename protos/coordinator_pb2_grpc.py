@@ -64,6 +64,11 @@ class CoordinatorStub(object):
                 request_serializer=lamina_dot_protos_dot_coordinator__pb2.Signed.SerializeToString,
                 response_deserializer=lamina_dot_protos_dot_coordinator__pb2.Done.FromString,
                 _registered_method=True)
+        self.Mask = channel.unary_unary(
+                '/lamina.v1.Coordinator/Mask',
+                request_serializer=lamina_dot_protos_dot_coordinator__pb2.Signed.SerializeToString,
+                response_deserializer=lamina_dot_protos_dot_coordinator__pb2.Signed.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/lamina.v1.Coordinator/Status',
                 request_serializer=lamina_dot_protos_dot_coordinator__pb2.StatusRequest.SerializeToString,
@@ -132,6 +137,13 @@ class CoordinatorServicer(object):
 
     def Report(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Mask(self, request, context):
+        """a step of a secure sum; waits a while for the next
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -205,6 +217,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=lamina_dot_protos_dot_coordinator__pb2.Signed.FromString,
                     response_serializer=lamina_dot_protos_dot_coordinator__pb2.Done.SerializeToString,
+            ),
+            'Mask': grpc.unary_unary_rpc_method_handler(
+                    servicer.Mask,
+                    request_deserializer=lamina_dot_protos_dot_coordinator__pb2.Signed.FromString,
+                    response_serializer=lamina_dot_protos_dot_coordinator__pb2.Signed.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -399,6 +416,33 @@ class Coordinator(object):
             '/lamina.v1.Coordinator/Report',
             lamina_dot_protos_dot_coordinator__pb2.Signed.SerializeToString,
             lamina_dot_protos_dot_coordinator__pb2.Done.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Mask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lamina.v1.Coordinator/Mask',
+            lamina_dot_protos_dot_coordinator__pb2.Signed.SerializeToString,
+            lamina_dot_protos_dot_coordinator__pb2.Signed.FromString,
             options,
             channel_credentials,
             insecure,

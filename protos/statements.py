@@ -19,6 +19,7 @@ PROTOCOL = 1
 MAX_STATEMENT_BYTES = 4 * 1024**2
 MAX_NUMBER = 2**53
 TERMS, INSTRUCTION, CLAIM, REPORT, REGISTER = "terms", "instruction", "update", "report", "register"
+MASKING = "masking"
 
 Sign = Callable[[str, bytes], bytes]
 Verify = Callable[[str, bytes, bytes], bool]

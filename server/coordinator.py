@@ -158,7 +158,7 @@ def _run(opened: Opened, log: Log, metrics: Metrics, started: float, leave: thre
                 raise  # a restart measures it again
             return None  # the round is whole; the loop ends before the next one
 
-    loop = Loop(run.campaign, run.mailbox, evaluated, store, lambda number: _present(run, number))
+    loop = Loop(run.campaign, run.mailbox, evaluated, store, lambda number: _present(run, number), run.sums)
     start = opened.resumed.state if opened.resumed else run.campaign.strategy.init(run.campaign.spec)
     run.live.latest = start
     try:

@@ -28,6 +28,7 @@ from lamina.server.port.access import Access
 from lamina.server.port.mailbox import Mailbox
 from lamina.server.port.roster import Roster
 from lamina.server.port.run import Run
+from lamina.server.port.sums import PortSums
 from lamina.server.port.terms import coordinator_keys
 from lamina.server.store import checkpoint, events, run_directory
 from lamina.server.store.base import Completed
@@ -119,12 +120,12 @@ def open_run(config: Config, path: Path, log: Log, clock: Clock) -> Opened:
     )
     with db.alone() as connection:
         events.reconcile(connection, path / events.FILE_NAME)
-    mailbox = Mailbox(clock)
+    mailbox, roster = Mailbox(clock), Roster(config, spec, store, clock)
     run = Run(
         config=config,
         campaign=campaign,
         store=store,
-        roster=Roster(config, spec, store, clock),
+        roster=roster,
         mailbox=mailbox,
         access=access,
         clock=clock,
@@ -132,6 +133,7 @@ def open_run(config: Config, path: Path, log: Log, clock: Clock) -> Opened:
         certificate=b"" if identity is None else identity.certificate_pem,
         consortium="" if identity is None else identity.peer.consortium,
         spec=blob,
+        sums=PortSums(spec, mailbox, roster, clock, config.wire.heartbeat_s),
     )
     resumed = _resumed(store, campaign, log) if known else None
     if known and (resumed is None or resumed.state.round < campaign.rounds):

@@ -31,6 +31,7 @@ METHOD_ROLES: Mapping[str, frozenset[str]] = {
     _PREFIX + "Download": _SITE,
     _PREFIX + "Upload": _SITE,
     _PREFIX + "Report": _SITE,
+    _PREFIX + "Mask": _SITE,
     _PREFIX + "Status": _WATCHERS,
     _PREFIX + "Watch": _WATCHERS,
     _PREFIX + "Pause": _OPERATOR,

@@ -15,7 +15,8 @@ from typing import Any
 
 from lamina.protos.clock import SYSTEM, Clock
 
-# A site has three open at most: instructions, a sign of life, an adapter down or up; and each of these dialled again.
+# A site has three open at most: instructions, a sign of life, and an adapter down or up or a step of a secure sum; and each of
+# these dialled again.
 MOST = 6
 # One operator, auditor or whoever else is no site; all of these together; and calls that are just being refused.
 _ONE_OTHER, _OTHERS, _REFUSED = 16, 48, 32

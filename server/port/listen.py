@@ -16,6 +16,7 @@ from lamina.protos.logs import Log
 from lamina.protos.statements import MAX_STATEMENT_BYTES
 from lamina.server.port.access import Gate
 from lamina.server.port.calls import threads
+from lamina.server.port.masks import Masks
 from lamina.server.port.operations import Operators
 from lamina.server.port.run import Run
 from lamina.server.port.sites import Sites
@@ -27,7 +28,7 @@ _HANDSHAKE_MS, _IDLE_MS = 10_000, 120_000
 _MOST_FILES = 65_536
 
 
-class Port(Operators, Sites):
+class Port(Operators, Masks, Sites):
     """All methods of `lamina.v1.Coordinator`."""
 
 

@@ -178,7 +178,8 @@ class Mailbox:
                 return
             self._replies.append(reply)
             self._waiting.discard(client)
-            self._answered.add(client)
+            if not reply.trained:  # one that is started again needs the instruction for the sum that is to come
+                self._answered.add(client)
             self._changed.notify_all()
 
     def end(self, why: str) -> None:

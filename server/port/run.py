@@ -18,6 +18,7 @@ from lamina.server.campaign import Campaign
 from lamina.server.port.access import Access, Caller
 from lamina.server.port.mailbox import Mailbox
 from lamina.server.port.roster import Roster
+from lamina.server.port.sums import PortSums
 from lamina.server.store.deployment import DeploymentStore
 from lamina.strategies.base import ServerState
 
@@ -75,6 +76,7 @@ class Run:
         certificate: The coordinator's, PEM; empty without.
         consortium: Of the certificates.
         spec: The schema file.
+        sums: To the round loop, for secure sums.
         live: What changes while it runs.
     """
 
@@ -89,6 +91,7 @@ class Run:
     certificate: bytes
     consortium: str
     spec: Blob
+    sums: PortSums
     live: Live = field(default_factory=Live)
 
 

@@ -6,12 +6,14 @@ A client that was not told sends it again, and the second time costs one message
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 
 from lamina.protos import chain
 from lamina.protos import coordinator_pb2 as pb
@@ -31,6 +33,7 @@ from lamina.server.store.deployment import Received
 # Updates of one client that may be judged and refused in a round before no further update of it is taken in.
 _TRIES = 64
 _ACK_BYTES = 8 * 1024**2
+_ATTEMPT = re.compile(r"[0-9a-f]{32}")
 _OUT_OF_TURN = grpc.StatusCode.FAILED_PRECONDITION
 
 
@@ -95,6 +98,9 @@ class Uploads(CoordinatorServicer):
         run = self.run
         document = self._claim(claim, caller)
         sha256, num_bytes = document["sha256"], document["num_bytes"]
+        if "attempt" in document:
+            yield from self._vector(document, parts, caller, context)
+            return
         known = run.store.known_anywhere(caller.name, document["round"], sha256)
         if known:
             yield pb.UploadAck(offset=num_bytes, stored=True)
@@ -117,6 +123,32 @@ class Uploads(CoordinatorServicer):
             run.mailbox.deliver(Reply(caller.name, blob), instruction)
         yield pb.UploadAck(offset=num_bytes, stored=True)
 
+    def _vector(
+        self, document: dict[str, Any], parts: Iterator[pb.UploadPart], caller: Caller, context: Any
+    ) -> Iterator[pb.UploadAck]:
+        """A vector under its masks: 32-bit numbers and nothing else, for one attempt at a secure sum."""
+        run, instruction = self.run, self._asked(document, caller)
+        attempt = bytes.fromhex(document["attempt"])
+        length = run.sums.awaited_bytes(caller.name, attempt)
+        if length is None:
+            raise _Refused("late", "expected a vector of the attempt at a secure sum that is open.", _OUT_OF_TURN)
+        if length == 0:
+            yield pb.UploadAck(offset=document["num_bytes"], stored=True)
+            return
+        if document["num_bytes"] != length:
+            raise _Refused("too-large", f"expected {length} bytes, got {document['num_bytes']}.")
+        with self._places.one(context) as place, run.live.counted("uploads"):
+            if place is None:
+                return
+            path = yield from self._written(instruction, document, parts, caller, context, place)
+        if path is None:
+            return
+        values = np.fromfile(path, "<u4")
+        path.unlink()
+        run.access.check_open(caller, context)
+        run.sums.vector(caller.name, attempt, values)
+        yield pb.UploadAck(offset=length, stored=True)
+
     def _claim(self, claim: pb.Signed, caller: Caller) -> dict[str, Any]:
         """The claim's fields, each of its type; nothing of them is believed yet."""
         try:
@@ -130,9 +162,12 @@ class Uploads(CoordinatorServicer):
             raise _Refused(error.reason, str(error)) from None
         if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
             raise _Refused("malformed", "expected a SHA-256 of 64 hex digits.")
+        attempt = document.get("attempt", "")
+        if "attempt" in document and not (isinstance(attempt, str) and _ATTEMPT.fullmatch(attempt)):
+            raise _Refused("malformed", "expected an attempt of 32 hex digits.")
         return document
 
-    def _expected(self, document: dict[str, Any], caller: Caller) -> Instruction:
+    def _asked(self, document: dict[str, Any], caller: Caller) -> Instruction:
         """The instruction that a claim answers, if it is this client's and open."""
         run = self.run
         if document["client_id"] != caller.name:
@@ -148,6 +183,15 @@ class Uploads(CoordinatorServicer):
             raise _Refused("wrong-round", f"got an update for round {document['round']}, {now}.", _OUT_OF_TURN)
         if document["parent"] != instruction.release_hash:
             raise _Refused("wrong-parent", "expected an update of the release that was sent. Train from that one.")
+        return instruction
+
+    def _expected(self, document: dict[str, Any], caller: Caller) -> Instruction:
+        """As `_asked`, of an update that may be sent now."""
+        run, instruction = self.run, self._asked(document, caller)
+        if run.campaign.masking is not None:
+            raise _Refused(
+                "unmasked", "expected a vector of a secure sum, no update by itself. Update the site's software."
+            )
         known = run.store.known(run.store.counting_round(), caller.name)
         if known is not None and known[1] != "rejected":
             raise _Refused("duplicate", "another update of this round is here already.", grpc.StatusCode.ALREADY_EXISTS)

@@ -325,6 +325,26 @@ class DeploymentStore(RunDirectory):
             self.log(connection, "lost", round=round_number, client_id=client_id)
         self.mirror()
 
+    def reveal(self, round_number: int, survivors: tuple[str, ...]) -> None:
+        """A sum of the round is about to be shown."""
+        self.note(
+            "reveal", {"revealed": json.dumps([round_number, *survivors])}, round=round_number, clients=list(survivors)
+        )
+
+    def revealed(self, round_number: int) -> tuple[str, ...]:
+        """Whose sum may have been shown in a round."""
+        about, *survivors = json.loads(self.db.fact("revealed") or "[0]")
+        return tuple(survivors) if about == round_number else ()
+
+    def summed(self, round_number: int, survivors: tuple[str, ...]) -> None:
+        """These clients have answered; their updates are with them."""
+        with self.db.change() as connection:
+            for client in survivors:
+                values = (round_number, client, "", 0, b"", b"", "summed")
+                connection.execute("INSERT OR REPLACE INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+            self.log(connection, "summed", round=round_number, clients=list(survivors))
+        self.mirror()
+
     def close(self, round_number: int) -> None:
         """No further update counts: a restarted loop aggregates just those that this one does."""
         with self.lock:

@@ -36,6 +36,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     SERVICE + "Download": ("client",),
     SERVICE + "Upload": ("client",),
     SERVICE + "Report": ("client",),
+    SERVICE + "Mask": ("client",),
     SERVICE + "Status": ("operator", "auditor"),
     SERVICE + "Watch": ("operator", "auditor"),
     SERVICE + "Pause": ("operator",),
