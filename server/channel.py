@@ -55,8 +55,14 @@ class MemoryChannel:
 class Sums(Protocol):
     """Carries the messages of secure sums."""
 
-    def ready(self, round_number: int, clients: Collection[str]) -> tuple[Participant, ...]:
-        """Those of the clients that have trained in a round and can be summed now, in the order of their names."""
+    def ready(self, round_number: int, clients: Collection[str], least: int) -> tuple[Participant, ...]:
+        """Those of the clients that have trained in a round and can be summed now, in the order of their names.
+
+        Args:
+            round_number: The round.
+            clients: Who may be.
+            least: How many are worth waiting for.
+        """
         ...
 
     def exchange(self, told: Mapping[str, Down], until_s: float | None) -> Iterable[tuple[str, Up]]:
@@ -79,7 +85,7 @@ class MemorySums:
         self._gone: set[tuple[int, str]] = set()
         self._round = 0
 
-    def ready(self, round_number: int, clients: Collection[str]) -> tuple[Participant, ...]:
+    def ready(self, round_number: int, clients: Collection[str], least: int) -> tuple[Participant, ...]:
         """Whoever has not dropped out; without identities, as all are in one process."""
         self._round = round_number
         return tuple(Participant(name) for name in sorted(clients) if (round_number, name) not in self._gone)

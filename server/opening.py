@@ -133,7 +133,7 @@ def open_run(config: Config, path: Path, log: Log, clock: Clock) -> Opened:
         certificate=b"" if identity is None else identity.certificate_pem,
         consortium="" if identity is None else identity.peer.consortium,
         spec=blob,
-        sums=PortSums(spec, mailbox, roster, clock, config.wire.heartbeat_s),
+        sums=PortSums(spec, mailbox, roster, clock, config),
     )
     resumed = _resumed(store, campaign, log) if known else None
     if known and (resumed is None or resumed.state.round < campaign.rounds):

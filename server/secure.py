@@ -81,14 +81,22 @@ def gathered(summing: Summing, version: int, trained: Collection[str]) -> Summed
     Returns:
         The sum, or None where no attempt gave one.
     """
-    least = max(LEAST, summing.campaign.quorum)
+    least, able = max(LEAST, summing.campaign.quorum), set(trained)
+
+    def refuse(rejection: Rejection) -> None:
+        summing.refuse(rejection)
+        if rejection.reason != "declined":  # which may be another's fault
+            able.discard(rejection.client_id)
+
+    guarded = replace(summing, refuse=refuse)
     for _ in range(ATTEMPTS):
         shown = summing.store.revealed(version + 1)
-        there = summing.sums.ready(version + 1, shown or trained)
-        if len(there) < max(least, len(shown)):
+        needed = max(least, len(shown))
+        there = summing.sums.ready(version + 1, shown or able, needed)
+        if len(there) < needed:
             return None
         try:
-            return _attempt(summing, _context(summing, version, there, least), shown)
+            return _attempt(guarded, _context(summing, version, there, least), shown)
         except SecureSumAborted:
             continue
     return None

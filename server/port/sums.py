@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lamina.protos.adapter import Array
 from lamina.protos.clock import Clock
+from lamina.protos.config import Config
 from lamina.protos.errors import UpdateRejected
 from lamina.protos.secagg.context import Participant
 from lamina.protos.secagg.coordinates import layout
@@ -55,12 +56,13 @@ class PortSums:
         mailbox: Whose waits an operator can end.
         roster: For silences.
         clock: For time-outs.
-        heartbeat_s: Between a client's signs of life.
+        config: For waits.
     """
 
-    def __init__(self, spec: AdapterSpec, mailbox: Mailbox, roster: Roster, clock: Clock, heartbeat_s: float) -> None:
+    def __init__(self, spec: AdapterSpec, mailbox: Mailbox, roster: Roster, clock: Clock, config: Config) -> None:
         self._spec, self._mailbox, self._roster, self._clock = spec, mailbox, roster, clock
-        self._patience_s = _MISSED_HEARTBEATS * heartbeat_s
+        self._patience_s = _MISSED_HEARTBEATS * config.wire.heartbeat_s
+        self._wait_s = config.privacy.secagg_wait_s
         self._changed = threading.Condition()
         self._asked: dict[str, tuple[int, float, Caller]] = {}
         self._attempt, self._step, self._length = b"", 0, 0
@@ -71,10 +73,13 @@ class PortSums:
 
     # The round loop's side.
 
-    def ready(self, round_number: int, clients: Collection[str]) -> tuple[Participant, ...]:
-        """Those that ask what to do in a round's sum; the others are given a moment."""
-        until = self._clock.monotonic() + _THERE_S
-        while len(there := self._there(round_number, clients)) < len(clients) and self._clock.monotonic() < until:
+    def ready(self, round_number: int, clients: Collection[str], least: int) -> tuple[Participant, ...]:
+        """Those that ask what to do in a round's sum; the others are given a moment, or longer where too few are there."""
+        began = self._clock.monotonic()
+        while len(there := self._there(round_number, clients)) < len(clients):
+            waited = self._clock.monotonic() - began
+            if waited > (_THERE_S if len(there) >= least else self._wait_s):
+                break
             self._mailbox.wait(_LOOK_S)
         return tuple(Participant(name, there[name].signing_key or b"") for name in sorted(there))
 
@@ -101,6 +106,8 @@ class PortSums:
             self._mailbox.wait(_LOOK_S)
         with self._changed:
             self._told = {}
+            for name in waiting:  # it is there again when it asks again
+                self._asked.pop(name, None)
 
     def _tell(self, told: Mapping[str, Down]) -> None:
         first = next(iter(told.values()), None)
