@@ -64,6 +64,8 @@ def follow(part: Part, me: Me, line: Line) -> bool:
     while True:
         said = line.ask({"attempt": attempt, "step": step, "message": None if answer is None else document_of(answer)})
         answer = None
+        if (said.get("run_id"), said.get("round")) != (part.instruction.run_id, part.instruction.round):
+            raise BadStatement("malformed", "expected an answer about this run and round, got one about another.")
         if st.field(said, "over", bool):
             return isinstance(state, Finished)
         if said.get("message") is None:

@@ -14,6 +14,7 @@ from lamina.protos.files import sha256
 from lamina.protos.messages import Budget
 from lamina.protos.privacy.noise import Stream, secret
 from lamina.protos.ranks import SPREAD, check, ends_so, uniform
+from lamina.protos.secagg.context import LEAST
 from lamina.protos.secagg.coordinates import Rule
 from lamina.protos.spec import AdapterSpec
 from lamina.server import privacy
@@ -219,7 +220,7 @@ def campaign(
         rounds=config.rounds,
         fraction=config.clients.fraction,
         over_selection=config.clients.over_selection,
-        quorum=config.clients.quorum,
+        quorum=max(config.clients.quorum, LEAST if config.privacy.secagg else 1),
         wire=config.wire.format,  # type: ignore[arg-type]
         weighting=weighting_of(config),
         seed=config.seed,
