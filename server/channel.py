@@ -62,6 +62,9 @@ class Sums(Protocol):
             round_number: The round.
             clients: Who may be.
             least: How many are worth waiting for.
+
+        Returns:
+            Names and keys.
         """
         ...
 
