@@ -212,9 +212,8 @@ def ratio(times: dict[str, list[float]], name: str) -> float:
 
 def secure_sum(numbers: int) -> tuple[float, float]:
     """CPU seconds of a client and of the coordinator."""
-    from tests.masking import STAGES, attempt, summed
-
     from lamina.protos.secagg import client, server
+    from tests.masking import STAGES, attempt, summed
 
     one = attempt(CLIENTS, length=numbers)
     lost, spent = one.context.names[3], {"client": 0.0, "server": 0.0}

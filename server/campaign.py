@@ -246,17 +246,17 @@ def masking(config: Config) -> Rule | None:
     Raises:
         ConfigError: If weights are asked for without the number that bounds them.
     """
-    privacy, weights = config.privacy, config.aggregation.weights
+    privacy = config.privacy
     if not privacy.secagg:
         return None
-    if weights == "uniform":
+    if weighting_of(config) == "uniform":
         return Rule("uniform", 1, privacy.secagg_range)
-    if privacy.secagg_examples is None:
+    if config.aggregation.full_weight is None:
         raise ConfigError(
-            "privacy.secagg_examples: expected the public number of examples that gives a client full weight, as the sum of "
+            "aggregation.full_weight: expected the public number of examples that gives a client full weight, as the sum of "
             "weights is all that is seen. Set it to what the largest site has, about, or aggregation.weights=uniform."
         )
-    return Rule("num_examples", privacy.secagg_examples, privacy.secagg_range)
+    return Rule("num_examples", config.aggregation.full_weight, privacy.secagg_range)
 
 
 def fixed_settings(config: Config, spec: AdapterSpec) -> dict[str, Any]:

@@ -122,10 +122,12 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
 
 def _pinned(config: Config, prepared: Prepared) -> Config:
     """The config with what loading found out: the ordered labels, the commit of a hub model, and a bound for secure sums."""
-    data, privacy = replace(config.data, labels=list(prepared.labels)), config.privacy
-    if privacy.secagg and privacy.secagg_examples is None:
-        privacy = replace(privacy, secagg_examples=max(len(examples) for examples in prepared.train.values()))
-    return replace(config, data=data, privacy=privacy, model=replace(config.model, revision=prepared.base.revision))
+    data, aggregation = replace(config.data, labels=list(prepared.labels)), config.aggregation
+    if config.privacy.secagg and aggregation.full_weight is None:
+        aggregation = replace(aggregation, full_weight=max(len(examples) for examples in prepared.train.values()))
+    return replace(
+        config, data=data, aggregation=aggregation, model=replace(config.model, revision=prepared.base.revision)
+    )
 
 
 def _start(config: Config, path: Path, fixed: Mapping[str, Any], cohort: engine.Cohort) -> Completed | None:

@@ -129,6 +129,8 @@ def attempt(
 
 
 def summed(one: Attempt, names: Sequence[str]) -> Array:
-    """The oracle: what the named put in, in exact integers."""
-    total: Array = np.sum([one.vectors[name].astype(object) for name in names], axis=0)
+    """The oracle: what the named put in, added up in 64 bits."""
+    total = np.zeros(one.vectors[names[0]].size, np.uint64)
+    for name in names:
+        total += one.vectors[name]
     return total

@@ -34,7 +34,7 @@ def words(*more: str, names: Sequence[str] = SIX, ranks: Sequence[int] = (4, 3, 
         f"clients.ranks=[{','.join(map(str, ranks[: len(names)]))}]",
         "strategy=ffa",
         "privacy.secagg=true",
-        "privacy.secagg_examples=20",
+        "aggregation.full_weight=20",
         "rounds=3",
     ]
     found = {word.partition("=")[0]: word for word in settings}

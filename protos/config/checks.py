@@ -87,7 +87,6 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "evaluate.batch_size": (1, math.inf, True),
     "data.generate": (0, 1000, True),
     "privacy.secagg_range": (0, 1e6, False),
-    "privacy.secagg_examples": (1, 1e9, True),
     "privacy.secagg_wait_s": (0, 1e6, False),
     "checkpoints": (1, math.inf, True),
     "threads": (0, 4096, True),
@@ -343,7 +342,7 @@ def _check_secagg(config: Config) -> None:
         ),
         (config.keep_updates, "keep_updates=true: nobody has single updates to keep. Set it to false"),
         (
-            aggregation.weights == "contributors",
+            weighting_of(config) == "contributors",
             "aggregation.weights=contributors needs each module's contributors, which nobody sees. Set it to num_examples or "
             "uniform",
         ),

@@ -182,7 +182,9 @@ class AggregationConfig:
         "privacy.nominal_examples), uniform, or contributors (by num_examples, renormalised by layer)",
     )
     full_weight: int | None = _doc(
-        None, "examples at which a client has full weight, where weights are capped; below it has less"
+        None,
+        "examples at which a client has full weight, where weights are capped, as by client-dp and privacy.secagg; below it has "
+        "less; default under secagg in a simulation: the most that a client has",
     )
     learning_rate: float = _doc(1.0, "server's step on the mean change")
     max_norm: float | None = _doc(
@@ -229,11 +231,6 @@ class PrivacyConfig:
     secagg: bool = _doc(False, "secure aggregation: the coordinator sees sums of updates only (ffa, alternate)")
     secagg_range: float = _doc(
         1.0, "secure aggregation: largest change of a number in a round; a larger one is refused"
-    )
-    secagg_examples: int | None = _doc(
-        None,
-        "secure aggregation, with aggregation.weights=num_examples: the public number of examples that gives full weight; "
-        "in a simulation by default the most that a client has",
     )
     secagg_wait_s: float = _doc(300.0, "deployment: longest wait for each step of a secure sum")
     nominal_examples: Any = _doc(

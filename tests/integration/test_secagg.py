@@ -16,7 +16,7 @@ from lamina.server.store.base import Store
 from tests.deployment import config_of, fault_free
 from tests.summing import SIX, Federation, words
 
-CLEAR = ("privacy.secagg=false", "privacy.secagg_examples=null")
+CLEAR = ("privacy.secagg=false", "aggregation.full_weight=null")
 
 
 def farthest(one: Adapter, other: Adapter) -> float:
@@ -186,4 +186,4 @@ def test_two_clients_are_refused() -> None:
 
 def test_weights_need_a_public_bound() -> None:
     with pytest.raises(ConfigError, match=r"aggregation\.weights=uniform"):
-        _ = Federation(words("privacy.secagg_examples=null")).campaign
+        _ = Federation(words("aggregation.full_weight=null")).campaign

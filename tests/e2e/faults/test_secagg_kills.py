@@ -20,7 +20,7 @@ from tests.e2e.faults.scene import Scene, at_once, fault_free
 from tests.integration.test_secagg import CLEAR, farthest
 
 SUMS = "lamina.server.port.sums:PortSums"
-WORDS = ("strategy=alternate", "privacy.secagg=true", "privacy.secagg_examples=20")
+WORDS = ("strategy=alternate", "privacy.secagg=true", "aggregation.full_weight=20")
 # A round tells five times: opening, keys, shares, survivors, signatures. Round 2's are the 6th to the 10th.
 COORDINATOR = {
     "keys are asked for": Point(f"{SUMS}._tell", "after", 6),
