@@ -225,7 +225,7 @@ def _share(state: KeysSent, incoming: Advertised) -> tuple[SharesSent, Shares]:
             key = masks.derived(
                 masks.agreed(state.share.private, one.share_key), context.digest, "share", me.name, name
             )
-            boxes[name] = masks.sealed(key, both[name], _aad(context, me.name, name), me.draw)
+            boxes[name] = masks.sealed(key, both[name], bound(context, me.name, name), me.draw)
     return SharesSent(state, found, both[me.name]), Shares(me.name, boxes)
 
 
@@ -240,7 +240,7 @@ def _mask(state: SharesSent, incoming: Delivered) -> tuple[VectorSent, Masked]:
     for name, box in incoming.boxes.items():
         secret = masks.agreed(before.share.private, state.advertised[name].share_key)
         key = masks.derived(secret, context.digest, "share", name, mine)
-        content = masks.unsealed(key, box, _aad(context, name, mine), f"round {context.round}, shares of {name}")
+        content = masks.unsealed(key, box, bound(context, name, mine), f"round {context.round}, shares of {name}")
         if len(content) != 2 * shamir.SHARE_BYTES:
             raise _refused(context, f"two shares of {name}")
         held[name] = content
@@ -286,7 +286,17 @@ def _check_enough(context: Context, me: Me, names: tuple[str, ...], what: str) -
         )
 
 
-def _aad(context: Context, owner: str, holder: str) -> bytes:
+def bound(context: Context, owner: str, holder: str) -> bytes:
+    """What a box of shares is bound to.
+
+    Args:
+        context: The attempt.
+        owner: Whose secrets.
+        holder: For whom.
+
+    Returns:
+        Canonical JSON.
+    """
     return canonical({"ctx": context.digest.hex(), "from": owner, "to": holder})
 
 

@@ -342,6 +342,38 @@ def test_wrong_shares_are_passed_over_while_enough_are_right() -> None:
         server.total(replace(state, got={**state.got, **lying}))
 
 
+def test_shares_of_another_secret_than_was_announced_give_no_sum() -> None:
+    one = attempt(4)
+    state: Any = server.begin(one.context, 40)
+    for name in one.context.names:
+        state = server.receive(state, name, one.begin(name))
+    liar = one.states["site3"]
+    assert isinstance(liar, client.KeysSent)
+    one.states["site3"] = replace(liar, seed=bytes(range(32)))
+    for _ in range(4):
+        state, told = server.advance(state)
+        for name, message in told.items():
+            state = server.receive(state, name, one.advance(name, message))
+    with pytest.raises(SecureSumAborted, match="site3 announced"):
+        server.total(state)
+
+
+def test_a_box_for_another_holder_does_not_open_even_under_the_right_key() -> None:
+    one = attempt(4)
+    states = {name: client.begin(one.context, one.me(name), one.vectors[name]) for name in one.context.names}
+    advertised = Advertised(tuple(sent for _, sent in states.values()))
+    sharing: dict[str, Any] = {name: client.advance(state, advertised) for name, (state, _) in states.items()}
+    boxes = {name: shares.boxes["site0"] for name, (_, shares) in sharing.items() if name != "site0"}
+    mine, other = states["site0"][0], states["site1"][0]
+    secret = masks.agreed(other.share.private, mine.share.public)
+    key = masks.derived(secret, one.context.digest, "share", "site1", "site0")
+    assert masks.unsealed(key, boxes["site1"], client.bound(one.context, "site1", "site0"), "")
+    for owner, holder in (("site1", "site2"), ("site2", "site0")):
+        box = masks.sealed(key, bytes(132), client.bound(one.context, owner, holder), one.me("site1").draw)
+        with pytest.raises(SecureSumRefused, match="sealed for this participant"):
+            client.advance(sharing["site0"][0], Delivered({**boxes, "site1": box}))
+
+
 def test_shares_of_the_wrong_kind_or_number_are_refused() -> None:
     one = attempt(5, 4)
     _, summing = agreeing(one)

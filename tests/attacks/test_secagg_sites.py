@@ -24,7 +24,7 @@ from lamina.protos.messages import Budget, Instruction, Update
 from lamina.protos.secagg.client import Me
 from lamina.protos.secagg.context import Context, Participant
 from lamina.protos.secagg.coordinates import Rule, layout
-from lamina.protos.secagg.messages import Advertisement, Opening
+from lamina.protos.secagg.messages import Advertised, Advertisement, Opening
 from lamina.protos.secagg.wire import document_of, down_of, up_of
 from lamina.protos.statements import BadStatement
 from tests import consortium, deployment, summing
@@ -305,6 +305,29 @@ def test_a_step_out_of_turn_or_from_another_attempt_is_declined() -> None:
         assert told.heard[2]["message"]["kind"] == "declined"
         assert not told.vectors
         assert not told.shown
+
+
+def test_the_right_message_under_another_step_or_attempt_is_declined() -> None:
+    first = opening(attempt(4, signed=False).context)
+    one = Attempt(first.context, dict.fromkeys(first.context.names, np.zeros(1, np.uint32)), {})
+    others = [one.begin(name) for name in first.context.names if name != "site1"]
+    nonce = first.context.nonce.hex()
+    for place, kind in (((nonce, 1), "shares"), ((nonce, 2), "declined"), (("00" * 16, 1), "declined")):
+        told = Told(opened(first))
+        line = told.line()
+
+        def ask(
+            document: dict[str, Any], line: Line = line, told: Told = told, place: Any = place
+        ) -> Mapping[str, Any]:
+            if document["message"] is not None and document["message"]["kind"] == "keys":
+                mine = up_of(document["message"], "site1")
+                assert isinstance(mine, Advertisement)
+                message = document_of(Advertised((mine, *others)))
+                told.answers.insert(0, {"attempt": place[0], "step": place[1], "message": message})
+            return line.ask(document)
+
+        follow(part(), Me("site1"), replace(line, ask=ask))
+        assert told.heard[2]["message"]["kind"] == kind
 
 
 def test_a_change_out_of_range_ends_the_round_for_the_site_and_is_told() -> None:

@@ -144,6 +144,17 @@ def test_a_participants_fault_is_a_counted_rejection() -> None:
     assert record["clients"] == [name for name in SIX if name != "dune"]
 
 
+def test_who_was_at_fault_is_left_out_of_the_next_attempt() -> None:
+    # Two of six send what is no vector; five were needed. The next attempt is among the other four.
+    def change(name: str, message: Any) -> Any:
+        return Masked(name, message.values[:-1]) if name in SIX[:2] and isinstance(message, Masked) else message
+
+    one = Federation(words("rounds=1"), change=change)
+    one.play()
+    assert one.store.rounds[0].record["clients"] == list(SIX[2:])
+    assert len({told.context.nonce for _, told in one.told if hasattr(told, "context")}) == 2
+
+
 def test_the_record_says_nothing_of_one_client() -> None:
     one = Federation(words())
     one.play()
