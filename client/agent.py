@@ -7,6 +7,7 @@ reported as a code from a fixed list and the agent lives on; no text of an error
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ from lamina.protos.link import DATA_LOSS, Link, Refused, Unreachable
 from lamina.protos.messages import Instruction
 from lamina.protos.secagg.client import Me
 from lamina.protos.secagg.context import LEAST
-from lamina.protos.secagg.messages import Opening
 from lamina.protos.spec import AdapterSpec, from_json
 from lamina.protos.statements import budget_of
 
@@ -351,10 +351,8 @@ class Agent:
             self._log("sent", round=last.round, bytes_up=vector.num_bytes)
             return True
 
-        def known(opening: Opening, certificates: Mapping[str, Any]) -> None:
-            certified(opening, certificates, identity, self._settings.revocations, self._clock.now())
-
-        line = Line(ask, upload, lambda names: spool.show(last.round, names), known, self._log)
+        known = functools.partial(certified, identity, self._settings.revocations, self._clock)
+        line = Line(ask, upload, functools.partial(spool.show, last.round), known, self._log)
         try:
             follow(part, me, line)
         except Superseded:

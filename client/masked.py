@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lamina.client.summing import Part, answered
 from lamina.protos import statements as st
 from lamina.protos.adapter import Array
+from lamina.protos.clock import Clock
 from lamina.protos.errors import LaminaError, SecureSumRefused
 from lamina.protos.identity import Identity, check_in_force, verified_peer
 from lamina.protos.secagg.client import Finished, Me, State
@@ -107,20 +107,16 @@ def _uploaded(line: Line, attempt: str, answer: Up | None) -> Up | None:
 
 
 def certified(
-    opening: Opening,
-    certificates: Mapping[str, Any],
-    identity: Identity | None,
-    revocations: Path | None,
-    now: datetime,
+    identity: Identity | None, revocations: Path | None, clock: Clock, opening: Opening, certificates: Mapping[str, Any]
 ) -> None:
     """Raise unless each participant's key is the one in its certificate, of the site's own consortium.
 
     Args:
-        opening: With the participants and their keys.
-        certificates: Participant -> PEM, as the coordinator sent them.
         identity: The site's, None in a run without certificates.
         revocations: The consortium's list of revoked certificates, or None.
-        now: This machine's time, aware.
+        clock: For the dates of certificates.
+        opening: With the participants and their keys.
+        certificates: Participant -> PEM, as the coordinator sent them.
 
     Raises:
         SecureSumRefused: If one has no certificate, or another key or name.
@@ -132,7 +128,7 @@ def certified(
         pem = certificates.get(one.name)
         if not isinstance(pem, str):
             raise SecureSumRefused(f"secure sum: expected the certificate of {one.name}, got none.")
-        peer = verified_peer(pem.encode(), identity.ca_pem, now, "client")
+        peer = verified_peer(pem.encode(), identity.ca_pem, clock.now(), "client")
         if (peer.name, peer.signing_key) != (one.name, one.signing_key):
             raise SecureSumRefused(
                 f"secure sum: expected {one.name} under the key of its own certificate, got another."

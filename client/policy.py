@@ -36,12 +36,14 @@ class PrivacyFloor:
         unit_at_least: `record` or `user`; of example-dp, for under client-dp the unit is the whole client.
         max_epsilon: Largest epsilon of a run, or None for any.
         max_delta: Largest delta of a run, or None for any.
+        secagg: Whether the coordinator may see sums of updates only; no update by itself leaves then.
     """
 
     mode_at_least: str = "none"
     unit_at_least: str = "record"
     max_epsilon: float | None = None
     max_delta: float | None = None
+    secagg: bool = False
 
 
 @dataclass(frozen=True)
@@ -356,6 +358,9 @@ def _too_open(policy: Policy, terms: Mapping[str, Any]) -> Iterator[str]:
     unit = task.get("privacy.unit", "record")
     if mode == "example-dp" and (unit not in UNITS or UNITS.index(unit) < UNITS.index(floor.unit_at_least)):
         yield _refused(policy, "privacy.unit_at_least", floor.unit_at_least, shown(unit), "a larger privacy.unit")
+    if floor.secagg and task.get("privacy.secagg") is not True:
+        got = shown(task.get("privacy.secagg"))
+        yield _refused(policy, "privacy.secagg", "privacy.secagg=true", got, "secure aggregation")
     for name, most in (("epsilon", floor.max_epsilon), ("delta", floor.max_delta)):
         value = task.get(f"privacy.{name}") if mode != "none" else None
         if most is not None and (value is None or not 0 <= value <= most):

@@ -36,8 +36,9 @@ from lamina.server.store.base import Completed, Evaluation
 from lamina.simulations.prepare import Prepared
 from lamina.simulations.private import mechanisms
 
-# Of a client in a secure sum: keys, shares, vector, signature, shares of the others' secrets.
-MESSAGES = 5
+# What a client may have sent in a secure sum before it drops out: nothing, keys, shares, or its vector. Who is lost later than
+# that, when a sum is being shown, must come back for the round to end; see docs/secure-aggregation.md.
+MESSAGES = 4
 
 
 class Watcher(Protocol):

@@ -18,6 +18,7 @@ from lamina.protos import identity as identities
 from lamina.protos import statements as st
 from lamina.protos.adapter import EMPTY, Adapter, Array
 from lamina.protos.blobs import blob
+from lamina.protos.clock import SYSTEM
 from lamina.protos.codec import encode, encode_update
 from lamina.protos.errors import CheckpointError, IdentityError, SecureSumRefused, TrainingError
 from lamina.protos.messages import Budget, Instruction, Update
@@ -357,13 +358,13 @@ def test_participants_are_whom_their_certificates_name(
 ) -> None:
     who, one, pems = peers
     mine, now = identities.load(who["amber"]), datetime.now(UTC)
-    certified(one, pems, mine, None, now)
+    certified(mine, None, SYSTEM, one, pems)
     with pytest.raises(SecureSumRefused, match="the certificate of dune"):
-        certified(one, {name: pem for name, pem in pems.items() if name != "dune"}, mine, None, now)
+        certified(mine, None, SYSTEM, one, {name: pem for name, pem in pems.items() if name != "dune"})
     with pytest.raises(SecureSumRefused, match="its own certificate"):
-        certified(one, {**pems, "dune": pems["cedar"]}, mine, None, now)
+        certified(mine, None, SYSTEM, one, {**pems, "dune": pems["cedar"]})
     with pytest.raises(IdentityError, match="expected role client"):
-        certified(one, {**pems, "dune": identities.load(who["op"]).certificate_pem.decode()}, mine, None, now)
+        certified(mine, None, SYSTEM, one, {**pems, "dune": identities.load(who["op"]).certificate_pem.decode()})
     foreign = consortium.enrolled(consortium.new_ca(tmp_path / "x", now=now), tmp_path / "dune2", "dune", "client", now)
     stranger = identities.load(foreign)
     forged = tuple(
@@ -371,19 +372,19 @@ def test_participants_are_whom_their_certificates_name(
     )
     lie = replace(one, context=replace(one.context, participants=forged))
     with pytest.raises(IdentityError, match="issued by"):
-        certified(lie, {**pems, "dune": stranger.certificate_pem.decode()}, mine, None, now)
+        certified(mine, None, SYSTEM, lie, {**pems, "dune": stranger.certificate_pem.decode()})
     with pytest.raises(SecureSumRefused, match="its own certificate"):
-        certified(lie, pems, mine, None, now)
+        certified(mine, None, SYSTEM, lie, pems)
 
 
 def test_a_bad_certificate_is_no_end_of_the_agent_but_of_the_attempt(
     peers: tuple[dict[str, Path], Opening, dict[str, str]],
 ) -> None:
     who, one, pems = peers
-    mine, now = identities.load(who["amber"]), datetime.now(UTC)
+    mine = identities.load(who["amber"])
 
     def known(opening: Opening, certificates: Mapping[str, Any]) -> None:
-        certified(opening, certificates, mine, None, now)
+        certified(mine, None, SYSTEM, opening, certificates)
 
     told = Told(opened(one, certificates={}))
     me = Me("amber", mine.peer.signing_key, lambda domain, statement: identities.sign(mine, domain, statement))

@@ -173,6 +173,7 @@ REFUSED: dict[str, tuple[Policy, dict[str, Any]]] = {
         Policy(privacy=PrivacyFloor(max_delta=1e-5)),
         terms({"privacy.mode": "client-dp", "privacy.delta": 1e-4}),
     ),
+    "privacy.secagg": (Policy(privacy=PrivacyFloor(secagg=True)), terms({"privacy.secagg": False})),
 }
 
 
@@ -193,6 +194,7 @@ ALLOWED: list[tuple[Policy, dict[str, Any]]] = [
     (Policy(max_rounds=20, max_rank=8, max_local_steps=20, raw_updates_to_peers=False), terms()),
     (Policy(min_clients=3), terms(cohort_at_least=3)),
     (Policy(privacy=PrivacyFloor("client-dp")), terms({"privacy.mode": "example-dp"})),
+    (Policy(privacy=PrivacyFloor(secagg=True)), terms({"privacy.secagg": True})),
     (Policy(privacy=PrivacyFloor(unit_at_least="user")), terms({"privacy.mode": "client-dp"})),
     (
         Policy(privacy=PrivacyFloor("example-dp", "user", 8, 1e-5)),
