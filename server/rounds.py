@@ -18,7 +18,7 @@ from typing import cast
 import numpy as np
 
 from lamina.protos import seeds
-from lamina.protos.errors import ConfigError, QuorumNotReached, UpdateRejected
+from lamina.protos.errors import ConfigError, QuorumNotReached, SecureSumAborted, UpdateRejected
 from lamina.protos.messages import Budget, Rejection, Release, Reply, Update
 from lamina.protos.sides import Side
 from lamina.server import admission, secure, selection
@@ -291,7 +291,11 @@ def _sum(loop: Loop, state: ServerState, round_open: Opened, collected: Collecte
             refuse(Rejection(reply.client_id, "failed", reply.failure))
     layout = secure.layout_of(campaign, campaign.masking, state, _side(round_open.sent))
     summing = secure.Summing(campaign, layout, loop.sums, loop.store, refuse, came)
-    collected.sum = secure.gathered(summing, state.round, ready)
+    try:
+        collected.sum = secure.gathered(summing, state.round, ready)
+    except SecureSumAborted:
+        loop.store.miss(round_open.round)
+        raise
 
 
 def _has_enough(round_open: Opened, collected: Collected) -> bool:

@@ -70,7 +70,7 @@ def layout_of(campaign: Campaign, rule: Rule, state: ServerState, side: Side) ->
     return layout(campaign.spec, side, ranks, scales, rule)
 
 
-def gathered(summing: Summing, version: int, trained: Collection[str]) -> Summed | None:
+def gathered(summing: Summing, version: int, trained: Collection[str]) -> Summed:
     """The sum of a round.
 
     Args:
@@ -79,7 +79,10 @@ def gathered(summing: Summing, version: int, trained: Collection[str]) -> Summed
         trained: Clients that have their update ready.
 
     Returns:
-        The sum, or None where no attempt gave one.
+        The sum.
+
+    Raises:
+        SecureSumAborted: If no attempt gave one.
     """
     least, able = max(LEAST, summing.campaign.quorum), set(trained)
 
@@ -89,17 +92,27 @@ def gathered(summing: Summing, version: int, trained: Collection[str]) -> Summed
             able.discard(rejection.client_id)
 
     guarded = replace(summing, refuse=refuse)
-    for _ in range(ATTEMPTS):
+    attempt = 0
+    while True:
+        attempt += 1
         shown = summing.store.revealed(version + 1)
         needed = max(least, len(shown))
         there = summing.sums.ready(version + 1, shown or able, needed)
-        if len(there) < needed:
-            return None
+        _check_there(version + 1, len(there), needed, shown)
         try:
             return _attempt(guarded, _context(summing, version, there, least), shown)
         except SecureSumAborted:
-            continue
-    return None
+            if attempt == ATTEMPTS:
+                raise
+
+def _check_there(round_number: int, there: int, needed: int, shown: tuple[str, ...]) -> None:
+    if there >= needed:
+        return
+    why = f", just {', '.join(shown)}, as their sum may have been shown" if shown else ""
+    raise SecureSumAborted(
+        f"round {round_number}, secure sum: expected at least {needed} clients with an update ready{why}, got {there}. Start "
+        "again when they can answer: what they have trained is kept at the sites. See docs/secure-aggregation.md."
+    )
 
 
 def _context(summing: Summing, version: int, there: tuple[Participant, ...], least: int) -> Context:

@@ -99,9 +99,10 @@ def test_the_quorum_is_the_least_that_is_summed() -> None:
 def test_a_sum_that_may_have_been_shown_is_asked_for_again_over_the_same_clients_only() -> None:
     # Two of six give no last shares: four did, and five were needed. The four are asked for no sum without the two.
     one = Federation(words("rounds=1"), dropped={("amber", 1): 4, ("fern", 1): 4})
-    with pytest.raises(QuorumNotReached):
+    with pytest.raises(QuorumNotReached, match=r"just amber, birch.* as their sum may have been shown"):
         one.play()
     assert one.store.shown == {1: SIX}
+    assert one.store.missed_rounds == [1]
     assert len({told.context.nonce for _, told in one.told if hasattr(told, "context")}) == 1
 
 
