@@ -20,7 +20,7 @@ from lamina.protos.secagg.coordinates import encoded, layout
 from lamina.protos.secagg.encoding import encoding
 from lamina.protos.secagg.messages import Advertisement, Opening, Survivors
 from lamina.protos.secagg.server import Down, Up
-from lamina.protos.sides import whole
+from lamina.protos.sides import Side, whole
 from lamina.protos.spec import AdapterSpec
 
 
@@ -73,14 +73,14 @@ def begin(part: Part, me: Me, opening: Opening) -> tuple[KeysSent, Advertisement
             f"round, got one of lora_{context.train} from {context.version} in round {context.round}."
         )
     check_shown(part.shown, context.names, asked.round)
-    if asked.train not in ("A", "B"):
+    if asked.train == "AB":
         raise SecureSumRefused(f"round {asked.round}: expected one factor to be summed, got {asked.train}.")
     one = layout(part.spec, asked.train, opening.ranks, opening.scales, opening.rule)
     if one.digest != context.layout:
         raise SecureSumRefused(f"round {asked.round}: expected ranks, scales and rule of the secure sum's own digest.")
     update = opened_update(part.update)
     grid = encoding(opening.rule.bound, len(context.names))
-    values: Array = encoded(one, grid, update.adapter, _start(part), update.num_examples)
+    values: Array = encoded(one, grid, update.adapter, _start(part, asked.train), update.num_examples)
     return client.begin(context, me, values)
 
 
@@ -133,10 +133,10 @@ def check_shown(shown: tuple[str, ...], names: tuple[str, ...], round_number: in
         )
 
 
-def _start(part: Part) -> Adapter:
+def _start(part: Part, side: Side) -> Adapter:
     """What training started from, whole."""
     asked = part.instruction
     parts = [loaded(opened(one)) for one in (asked.release, asked.frozen) if one is not None]
-    start = whole(parts, part.budget.train, part.budget.scale, part.spec.modules, part.seed)
+    start = whole(parts, part.budget.train, part.budget.scale, part.spec.modules, part.seed, side)
     dense: Mapping[str, Array] = {**part.spec.dense, **start.dense}
     return Adapter(start.lora, dense)

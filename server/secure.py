@@ -21,7 +21,7 @@ from lamina.protos.secagg.context import LEAST, NONCE_BYTES, Context, Participan
 from lamina.protos.secagg.coordinates import Layout, Rule, layout, mean
 from lamina.protos.secagg.encoding import encoding
 from lamina.protos.secagg.messages import Masked, Opening
-from lamina.protos.sides import Side, filled
+from lamina.protos.sides import Side, filled, numbers_of, with_numbers
 from lamina.server.campaign import Campaign
 from lamina.server.channel import Sums
 from lamina.server.store.base import Store, Summed
@@ -105,6 +105,7 @@ def gathered(summing: Summing, version: int, trained: Collection[str]) -> Summed
             if attempt == ATTEMPTS:
                 raise
 
+
 def _check_there(round_number: int, there: int, needed: int, shown: tuple[str, ...]) -> None:
     if there >= needed:
         return
@@ -173,10 +174,7 @@ def as_one_update(run_id: str, state: ServerState, summed: Summed, side: Side) -
     start, moved = {}, {}
     for module, change in summed.change.lora.items():
         current = state.adapter.lora[module]
-        if side == "A":
-            start[module] = replace(current, A=np.zeros_like(change.A))
-        else:
-            start[module] = replace(current, B=np.zeros_like(change.B))
+        start[module] = with_numbers(current, side, np.zeros_like(numbers_of(change, side)))
         moved[module] = change
     dense = {name: np.zeros_like(value) for name, value in summed.change.dense.items()}
     release = Release(state.round, Adapter(start, dense), train=side)

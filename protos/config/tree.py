@@ -228,7 +228,7 @@ class PrivacyConfig:
     noise_multiplier: float | None = _doc(None, "noise by hand, in units of the clipping norm; default: by epsilon")
     clip_norm: float = _doc(1.0, "client-dp: largest L2 norm of a client's change (example-dp: train.max_grad_norm)")
     user_rows: int = _doc(8, "unit=user: most rows of one user in a step")
-    secagg: bool = _doc(False, "secure aggregation: the coordinator sees sums of updates only (ffa, alternate)")
+    secagg: bool = _doc(False, "secure aggregation: the coordinator sees sums of updates only (ffa, alternate, core)")
     secagg_range: float = _doc(
         1.0, "secure aggregation: largest change of a number in a round; a larger one is refused"
     )

@@ -1,9 +1,9 @@
 """What the numbers of a secure sum mean: every client's change in the coordinates of the global adapter, and its weight.
 
 One vector for all clients of a round, whatever their ranks: a client's change of the trained factor lies in the first slots of
-the global one and is zero elsewhere, at the global scale, which B takes up and A does not (see `strategies.linear`). Then come
-the changes of the dense parameters and, last, the weight w_k: the vector is w_k times the change, and w_k once more, so that the
-sums give the weighted mean and nobody's weight. Modules and dense parameters come in the order of their names.
+the global one and is zero elsewhere, at the global scale, which B or a core takes up and A does not (see `strategies.linear`).
+Then come the changes of the dense parameters and, last, the weight w_k: the vector is w_k times the change, and w_k once more,
+so that the sums give the weighted mean and nobody's weight. Modules and dense parameters come in the order of their names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lamina.protos.adapter import Adapter, Array, LoraFactors
 from lamina.protos.errors import AdapterMismatch, SecureSumAborted, SecureSumRefused
 from lamina.protos.identity import canonical
 from lamina.protos.secagg.encoding import Encoding, decode, encode
-from lamina.protos.sides import Side, side_of
+from lamina.protos.sides import Side, numbers_of, side_of, with_numbers
 from lamina.protos.spec import AdapterSpec
 
 # Of a vector, in numbers: 16 GiB at the most.
@@ -121,7 +121,7 @@ def blocks(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
     """
     for module in sorted(layout.modules):
         (d_out, d_in), rank = layout.modules[module], layout.ranks[module]
-        yield module, {"A": (rank, d_in), "B": (d_out, rank)}[layout.side]
+        yield module, {"A": (rank, d_in), "B": (d_out, rank), "core": (rank, rank)}[layout.side]
     for name in sorted(layout.dense):
         yield name, layout.dense[name]
 
@@ -168,12 +168,8 @@ def encoded(layout: Layout, grid: Encoding, sent: Adapter, start: Adapter, num_e
 def _change(layout: Layout, module: str, sent: LoraFactors, start: LoraFactors) -> Array:
     """The change of the trained factor, at the global scale."""
     ratio = 1.0 if layout.side == "A" else sent.scale / layout.scales[module]
-    change: Array = ratio * (_of(sent, layout.side).astype(np.float64) - _of(start, layout.side))
+    change: Array = ratio * (numbers_of(sent, layout.side).astype(np.float64) - numbers_of(start, layout.side))
     return change
-
-
-def _of(factors: LoraFactors, side: Side) -> Array:
-    return factors.A if side == "A" else factors.B
 
 
 def mean(layout: Layout, grid: Encoding, total: Array, participants: int) -> Adapter:
@@ -205,11 +201,7 @@ def mean(layout: Layout, grid: Encoding, total: Array, participants: int) -> Ada
         if name in layout.dense:
             dense[name] = part
         else:
-            lora[name] = _alone(part, layout.side, layout.ranks[name], layout.scales[name])
+            rank = layout.ranks[name]
+            nothing = LoraFactors(np.zeros((rank, 0)), np.zeros((0, rank)), layout.scales[name])
+            lora[name] = with_numbers(nothing, layout.side, part)
     return Adapter(lora, dense)
-
-
-def _alone(part: Array, side: Side, rank: int, scale: float) -> LoraFactors:
-    if side == "A":
-        return LoraFactors(part, np.zeros((0, rank)), scale)
-    return LoraFactors(np.zeros((rank, 0)), part, scale)

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from lamina.protos.adapter import Array
 from lamina.protos.clock import Clock
@@ -116,8 +117,9 @@ class PortSums:
             if isinstance(first, Opening):
                 context = first.context
                 self._attempt, self._step = context.nonce, 0
-                side: Side = "A" if context.train == "A" else "B"
-                self._length = layout(self._spec, side, first.ranks, first.scales, first.rule).length
+                self._length = layout(
+                    self._spec, cast(Side, context.train), first.ranks, first.scales, first.rule
+                ).length
                 self._certificates = {name: self._asked[name][2].certificate.decode() for name in context.names}
             self._told, self._answered = told, set()
             self._answers.clear()

@@ -17,7 +17,7 @@ from tests.runs import Quiet, small
 WORDS = ("partition=iid", "clients.count=5", "clients.ranks=[4,2,1,3,4]")
 
 
-@pytest.mark.parametrize("strategy", ["ffa", "alternate"])
+@pytest.mark.parametrize("strategy", ["ffa", "alternate", "core"])
 def test_training_is_that_of_a_run_in_the_clear(llama: Path, notes: Path, tmp_path: Path, strategy: str) -> None:
     found = {}
     for name in ("false", "true"):

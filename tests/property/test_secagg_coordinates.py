@@ -14,7 +14,7 @@ from lamina.protos.adapter import Adapter, LoraFactors
 from lamina.protos.errors import AdapterMismatch, SecureSumAborted, SecureSumRefused, TrainingError
 from lamina.protos.secagg.coordinates import Layout, Rule, encoded, layout, mean
 from lamina.protos.secagg.encoding import Encoding, encoding
-from lamina.protos.sides import Side, one_side
+from lamina.protos.sides import Side, numbers_of, one_side
 from lamina.protos.spec import AdapterSpec
 
 SHAPES: Mapping[str, tuple[int, int]] = {"b.v_proj": (5, 9), "a.q_proj": (8, 6), "c.wide": (3, 12)}
@@ -37,10 +37,10 @@ def client(rng: np.random.Generator, side: Side, ranks: Mapping[str, int], scale
     start, sent = {}, {}
     for module, rank in ranks.items():
         d_out, d_in = SHAPES[module]
-        begun = LoraFactors(rng.normal(size=(rank, d_in)), rng.normal(size=(d_out, rank)), scale)
-        moved = replace(
-            begun, A=begun.A + rng.uniform(-1, 1, begun.A.shape), B=begun.B + rng.uniform(-1, 1, begun.B.shape)
-        )
+        core = rng.normal(size=(rank, rank)) if side == "core" else None
+        begun = LoraFactors(rng.normal(size=(rank, d_in)), rng.normal(size=(d_out, rank)), scale, core)
+        before = numbers_of(begun, side)
+        moved = with_numbers(begun, side, before + rng.uniform(-1, 1, before.shape))
         start[module], sent[module] = begun, one_side(moved, side)
     dense = dict(spec().dense)
     changed = {name: value + rng.uniform(-1, 1, value.shape) for name, value in dense.items()}
@@ -48,7 +48,7 @@ def client(rng: np.random.Generator, side: Side, ranks: Mapping[str, int], scale
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(["A", "B"]), st.sampled_from(["uniform", "num_examples"]), st.data())
+@given(st.sampled_from(["A", "B", "core"]), st.sampled_from(["uniform", "num_examples"]), st.data())
 def test_the_decoded_mean_is_that_of_the_padded_changes(side: Side, weights: str, data: st.DataObject) -> None:
     count = data.draw(st.integers(3, 6))
     one, grid = scheme(side, weights), encoding(4.0, count)
@@ -65,19 +65,19 @@ def test_the_decoded_mean_is_that_of_the_padded_changes(side: Side, weights: str
         weight_sum += weight
         for module, (d_out, d_in) in SHAPES.items():
             rank = GLOBAL[module]
-            padded = sums.setdefault(module, np.zeros((rank, d_in) if side == "A" else (d_out, rank)))
-            if module in ranks and side == "A":
-                padded[: ranks[module]] += weight * (sent.lora[module].A - start.lora[module].A)
-            elif module in ranks:
-                change = sent.lora[module].B - start.lora[module].B
-                padded[:, : ranks[module]] += weight * scale / one.scales[module] * change
+            shape = {"A": (rank, d_in), "B": (d_out, rank), "core": (rank, rank)}[side]
+            padded = sums.setdefault(module, np.zeros(shape))
+            if module in ranks:
+                change = numbers_of(sent.lora[module], side) - numbers_of(start.lora[module], side)
+                scaled = change if side == "A" else scale / one.scales[module] * change
+                padded[: change.shape[0], : change.shape[1]] += weight * scaled
         for name, value in sent.dense.items():
             sums[name] = sums.get(name, 0) + weight * (value.astype(np.float64) - start.dense[name])
     found = mean(one, grid, total, count)
     # Numerator and denominator are each off by count / 2 steps at most, and no mean here exceeds the bound.
     allowed = count * grid.step / weight_sum * 1.001 + 1e-12
     for module in SHAPES:
-        got = found.lora[module].A if side == "A" else found.lora[module].B
+        got = numbers_of(found.lora[module], side)
         assert np.abs(got - sums[module] / weight_sum).max(initial=0.0) <= allowed
         assert (found.lora[module].rank, found.lora[module].scale) == (GLOBAL[module], one.scales[module])
     for name in spec().dense:
