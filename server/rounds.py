@@ -122,7 +122,8 @@ def run_round(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Comple
         )
     if collected.sum is None:
         loop.store.close(number)
-    collected.rejections += loop.store.refused(number)
+    known = {(one.client_id, one.reason) for one in collected.rejections}
+    collected.rejections += [one for one in loop.store.refused(number) if (one.client_id, one.reason) not in known]
     completed = _step(loop.campaign, state, held, round_open, collected)
     loop.store.save(completed)
     return _announce(loop, completed, started)

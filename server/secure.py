@@ -139,7 +139,7 @@ def _attempt(summing: Summing, context: Context, shown: tuple[str, ...]) -> Summ
             try:
                 state = server.receive(state, client, message)
             except UpdateRejected as error:
-                summing.refuse(Rejection(client, error.reason, str(error)))
+                summing.refuse(Rejection(client, error.reason, str(error), final=False))
                 continue
             if isinstance(message, Masked):
                 summing.came(message.values.nbytes)

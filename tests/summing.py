@@ -12,7 +12,7 @@ from lamina.client.summing import Part, answered
 from lamina.protos.blobs import blob
 from lamina.protos.codec import encode_update
 from lamina.protos.errors import SecureSumRefused
-from lamina.protos.messages import Instruction, Reply
+from lamina.protos.messages import Instruction, Rejection, Reply
 from lamina.protos.secagg.client import Me, State
 from lamina.protos.secagg.messages import Declined
 from lamina.server import campaign as campaigns
@@ -49,6 +49,13 @@ class Watched(Store):
     shown: dict[int, tuple[str, ...]] = field(default_factory=dict)
     missed_rounds: list[int] = field(default_factory=list)
     rounds: list[Completed] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+
+    def reject(self, round_number: int, rejection: Rejection) -> None:
+        self.rejected.append(rejection)
+
+    def refused(self, round_number: int) -> list[Rejection]:
+        return [one for one in self.rejected if not one.final]
 
     def reveal(self, round_number: int, survivors: tuple[str, ...]) -> None:
         self.shown[round_number] = survivors

@@ -14,7 +14,7 @@ from lamina.protos.adapter import Adapter, LoraFactors
 from lamina.protos.errors import AdapterMismatch, SecureSumAborted, SecureSumRefused, TrainingError
 from lamina.protos.secagg.coordinates import Layout, Rule, encoded, layout, mean
 from lamina.protos.secagg.encoding import Encoding, encoding
-from lamina.protos.sides import Side, numbers_of, one_side
+from lamina.protos.sides import Side, numbers_of, one_side, with_numbers
 from lamina.protos.spec import AdapterSpec
 
 SHAPES: Mapping[str, tuple[int, int]] = {"b.v_proj": (5, 9), "a.q_proj": (8, 6), "c.wide": (3, 12)}

@@ -23,25 +23,20 @@ SUMS = "lamina.server.port.sums:PortSums"
 WORDS = ("strategy=alternate", "privacy.secagg=true", "aggregation.full_weight=20")
 # A round tells five times: opening, keys, shares, survivors, signatures. Round 2's are the 6th to the 10th.
 COORDINATOR = {
-    "keys are asked for": Point(f"{SUMS}._tell", "after", 6),
     "shares are asked for": Point(f"{SUMS}._tell", "after", 7),
     "a vector has come": Point(f"{SUMS}.vector", "after", 4),
-    "survivors are told": Point(f"{SUMS}._tell", "after", 9),
     "a sum is about to be shown": Point("lamina.server.store.deployment:DeploymentStore.reveal", "after", 2),
     "the last shares are asked for": Point(f"{SUMS}._tell", "after", 10),
     "the sum is known": Point("lamina.server.store.deployment:DeploymentStore.summed", "before", 2),
-    "the sum is noted": Point("lamina.server.store.deployment:DeploymentStore.summed", "after", 2),
     "the checkpoint is written": Point("lamina.server.store.checkpoint:save", "after", 2),
 }
 # A site answers five times a round; its states are lost with it.
 ANSWERED = "lamina.client.masked:answered"
 SITE = {
-    "before its keys": Point(ANSWERED, "before", 6),
     "before its shares": Point(ANSWERED, "before", 7),
     "before its vector": Point(ANSWERED, "before", 8),
     "its vector is sent": Point("lamina.protos.link:Link.upload", "after", 2),
     "before its signature": Point(ANSWERED, "before", 9),
-    "before its last shares": Point(ANSWERED, "before", 10),
     "its last shares are noted": Point("lamina.client.spool:Spool.show", "after", 2),
 }
 
