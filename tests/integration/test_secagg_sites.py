@@ -64,6 +64,8 @@ def test_the_adapter_is_that_of_updates_in_the_clear(tmp_path: Path, secure: boo
     records = run_directory.read_records(running.path)
     assert [record["bytes_up"] for record in records] == [5 * 4 * (4 * n + 6 + 1) for n in (24 + 16, 16 + 32, 24 + 16)]
     assert all(record["train_loss"] is None for record in records)
+    # Who was summed is asked for figures: 20 / (1 + round) nats over 10 targets.
+    assert [record["loss"] for record in records] == pytest.approx([1.0, 2 / 3, 0.5])
     assert not list(tmp_path.glob("*/*/masked"))
 
 
