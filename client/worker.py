@@ -338,8 +338,8 @@ class SiteWorker:
         run, base = self._begun()
         if run.config.privacy.mode != "none":
             raise PolicyRefused(
-                f"evaluation: expected none under privacy.mode={run.config.privacy.mode}, got a request for figures on this site's "
-                "text, which no noise covers. Ask the coordinator not to ask for one."
+                f"evaluation: expected none under privacy.mode={run.config.privacy.mode}, got a request for figures on this "
+                "site's text, which no noise covers. Ask the coordinator not to ask for one."
             )
         if not run.held_out:
             raise DataError(f"data.source={run.config.data.source}: expected rows to hold out, got too few.")

@@ -158,7 +158,7 @@ class Small(nn.Module):
         self.again.weight = self.first.weight
         self.head = nn.Linear(6, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         x = self.norm(self.first(x).tanh())
         x = self.again(self.first(x)) + x
         return self.head(x.mean(1)).square().sum(-1)
@@ -184,7 +184,7 @@ class OddRMSNorm(GemmaRMSNorm):
 
 
 def check_small(model: nn.Module, x: torch.Tensor) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
     before = dict(model.named_modules())
     with clipper.attached(model, parameters) as sheet:
         sheet.begin(len(x))
@@ -212,8 +212,6 @@ def test_layers_of_every_kind(norm: Any, count: int, positions: int, frozen: set
     for name, parameter in model.named_parameters():
         parameter.data.normal_()
         parameter.requires_grad_(name not in frozen)
-    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    model.named_parameters = lambda: iter(trained.items())  # type: ignore[method-assign, assignment]
     check_small(model, torch.randn(count, positions, 6))
 
 
@@ -252,7 +250,7 @@ def test_a_parameter_that_is_read_elsewhere_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     with clipper.attached(model, dict(model.named_parameters())) as sheet:
         sheet.begin(3)
-        (model(torch.randn(3, 2)).sum() + model[0].weight.square().sum()).backward()  # type: ignore[union-attr, operator]
+        (model(torch.randn(3, 2)).sum() + model[0].weight.square().sum()).backward()  # type: ignore[operator]
         with pytest.raises(ConfigError, match=r"0\.weight: .* another part of the model reads it as well"):
             clipper.check_unused(sheet)
     refused(nn.Sequential(Penalised(2, 2)), r"0\.weight: expected a trained parameter of a linear layer")
@@ -278,7 +276,7 @@ def test_a_layer_that_sees_tokens_instead_of_rows_is_refused() -> None:
             super().__init__()
             self.expert = nn.Linear(6, 1)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return self.expert(x.flatten(0, 1)).view(len(x), -1).sum(1)
 
     model = Experts()
@@ -357,7 +355,7 @@ def test_opacus_finds_the_same(base: Callable[..., Base], name: str, also: tuple
             logits[:, :-1].transpose(1, 2), batch.targets[:, 1:], reduction="none", ignore_index=IGNORED
         )
         nats = (each.sum(1) * weights).sum()
-    nats.backward()
+    nats.backward()  # type: ignore[no-untyped-call]
     for number, found in enumerate(ours):
         theirs = {key: parameter.grad_sample[number] for key, parameter in parameters.items()}  # type: ignore[attr-defined]
         assert distance(found, theirs) <= 1e-5
