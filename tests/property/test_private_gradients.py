@@ -18,6 +18,7 @@ from lamina.client.loading import BaseOptions, load_base
 from lamina.client.losses import IGNORED, collate, losses, pad_id
 from lamina.client.model import PREFIX, Base, set_checkpointing
 from lamina.client.private import clipper, layers, selftest
+from lamina.client.private.train import training_row_by_row
 from lamina.protos.config import TrainConfig
 from lamina.protos.errors import ConfigError, TrainingError
 from tests.models import save_bert, save_gpt2, save_llama
@@ -54,6 +55,13 @@ def base(folder: Path) -> Callable[..., Base]:
         return made[key]
 
     return get
+
+
+def gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """What autograd has found; it is taken away."""
+    found, parameter.grad = parameter.grad, None
+    assert found is not None
+    return found
 
 
 def classifier(base: Callable[..., Base], name: str) -> Base:
@@ -121,18 +129,26 @@ def test_activations_that_are_computed_again(base: Callable[..., Base], reentran
             one.model.disable_input_require_grads()
 
 
-@pytest.mark.parametrize(
-    ("number_format", "compute", "most"),
-    [
-        ("bf16", "bf16", 5e-3),
-        ("nf4", "fp32", 1e-5),
-        ("int8", "fp32", 1e-5),
-        ("nf4", "bf16", 3e-2),
-        ("int8wo", "fp32", 1e-5),
-    ],
-)
-def test_bases_in_fewer_bits(base: Callable[..., Base], number_format: str, compute: str, most: float) -> None:
-    assert worst(base("llama", number_format, compute)) <= most
+@pytest.mark.parametrize("number_format", ["nf4", "int8", "mixed", "int8wo"])
+def test_bases_in_fewer_bits(base: Callable[..., Base], number_format: str) -> None:
+    assert worst(base("llama", number_format)) <= 1e-5
+
+
+@pytest.mark.parametrize("number_format", ["bf16", "nf4", "int8"])
+def test_activations_of_sixteen_bits(base: Callable[..., Base], number_format: str) -> None:
+    """The same kernels, on the whole batch or on one row: rounding of a few parts in a thousand at most. A row in a batch and
+    the row alone go through other kernels, which round otherwise.
+    """
+    one = base("llama", number_format, "bf16")
+    parameters, examples = filled(one), [row for row in rows(one, LENGTHS) if row.targets.any()]
+    for some in (examples, examples[:1], examples[2:3]):
+        weights = [1.0 / int(row.targets.sum()) for row in some]
+        added = {name: sum(each[name] for each in by_row(one, parameters, some)) for name in parameters}
+        with training_row_by_row(one):
+            losses(one, collate(some, pad_id(one), one.device, 0, weights))[0].backward()  # type: ignore[no-untyped-call]
+        wanted = {name: gradient(parameter) for name, parameter in parameters.items()}
+        assert distance(added, wanted) <= 5e-3  # type: ignore[arg-type]
+    assert worst(one) <= 2e-2
 
 
 def test_a_large_vocabulary(base: Callable[..., Base], monkeypatch: pytest.MonkeyPatch) -> None:
