@@ -110,6 +110,15 @@ def test_a_simulation_says_what_it_takes_as_public(llama: Path, notes: Path) -> 
     assert mechanisms(small(llama, notes), prepared.train, said.append) == {}
 
 
+def test_a_simulation_has_a_stream_for_each_purpose_client_and_round(llama: Path, notes: Path) -> None:
+    config = small(llama, notes, *ON, "privacy.nominal_examples=30")
+    stream = mechanisms(config, {}, lambda text: None)["0"].stream
+    names = [("noise", "0", 1), ("noise", "1", 1), ("noise", "0", 2), ("sampling", "0", 1)]
+    found = np.corrcoef([stream(*one).normal(5000) for one in names])[np.triu_indices(4, 1)]
+    assert np.abs(found).max() < 5 / math.sqrt(5000)
+    assert np.array_equal(stream("noise", "0", 1).normal(9), seeded(0, "noise", "0", 1).normal(9))
+
+
 def test_a_simulation_repeats_whatever_the_process_was_seeded_with(llama: Path, notes: Path) -> None:
     config = small(llama, notes, *ON)
     torch.manual_seed(1)
@@ -209,7 +218,7 @@ def test_a_mechanism_that_is_none_trains_nothing(base: Base, odd: dict[str, floa
 
 def test_parameters_that_are_not_finite_stop_the_round(base: Base, plain_descent: None) -> None:
     with pytest.raises(TrainingError, match="round 1, step 1: expected finite numbers in"):
-        trained(base, rows(base, [9]), private(noise_multiplier=1e38, expected_units=0.5))
+        trained(base, rows(base, [9]), private(noise_multiplier=1e38, expected_units=1e-3))
 
 
 def test_the_proximal_term_needs_no_noise_of_its_own(base: Base, plain_descent: None) -> None:
