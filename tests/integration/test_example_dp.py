@@ -54,10 +54,16 @@ def updates(outcome: Outcome) -> list[Update]:
     return [decode_update(reply.update.read()) for _, reply in outcome.channel.replied if reply.update is not None]
 
 
-@pytest.mark.parametrize("strategy", ["recompress", "residual", "stack", "ffa", "alternate"])
-def test_a_run_under_every_strategy(llama: Path, notes: Path, strategy: str) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([f"strategy={name}"] for name in ("recompress", "residual", "stack", "ffa", "alternate", "core")),
+        ["strategy=ffa", "adapter.kind=norm"],
+    ],
+)
+def test_a_run_under_every_strategy(llama: Path, notes: Path, words: list[str]) -> None:
     """Noise has full rank, so recompress keeps all of it only where its cap does."""
-    outcome = play(small(llama, notes, f"strategy={strategy}", *ON, "aggregation.rank_cap=16"))
+    outcome = play(small(llama, notes, *words, *ON, "aggregation.rank_cap=16"))
     assert all(done.record["relative_error"] < 1e-6 for done in outcome.rounds)
     assert all(len(done.updates) == 3 for done in outcome.rounds)
     assert not same_bits(outcome.adapters[0], outcome.adapters[1])
