@@ -138,9 +138,8 @@ def respond(
         privacy=None if site.private is None else _claimed(site.private, instruction.round),
     )
     told = leaving(update)
-    # The machine's memory is the site's own business, whatever a policy lists; and no figure has been through the noise.
-    own = told.metrics if site.private is not None else ("peak_bytes",)
-    told = replace(told, metrics={name: value for name, value in told.metrics.items() if name not in own})
+    # The machine's memory is the site's own business, whatever a policy lists.
+    told = replace(told, metrics={name: value for name, value in told.metrics.items() if name != "peak_bytes"})
     payload = encode_update(told, site.wire, seeds.stream(site.seed, "wire", site.client_id, instruction.round))
     after = ClientState(
         version=instruction.version,

@@ -337,9 +337,9 @@ class SiteWorker:
         """
         run, base = self._begun()
         if run.config.privacy.mode != "none":
+            mode = f"privacy.mode={run.config.privacy.mode}"
             raise PolicyRefused(
-                f"evaluation: expected none under privacy.mode={run.config.privacy.mode}, got a request for figures on this site's "
-                "text, which no noise covers. Ask the coordinator not to ask for one."
+                f"evaluation: expected none under {mode}: no noise would cover the figures of this site's text."
             )
         if not run.held_out:
             raise DataError(f"data.source={run.config.data.source}: expected rows to hold out, got too few.")

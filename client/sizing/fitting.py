@@ -111,6 +111,7 @@ def wanted_of(config: Config, offer: Offer, spec: AdapterSpec, machine: Profile,
         compensation=copy.compensation if copy else config.quantisation.compensation,
         dense=sum(int(np.prod(value.shape)) for value in spec.dense.values()),
         train=offer.train if config.adapter.kind == "lora" else config.adapter.kind,
+        by_row=_by_row(config),
         whole=offer.equal_ranks or config.lora.rank is not None,
         only=only,
         importance=config.lora.allocation == "importance",
@@ -118,6 +119,13 @@ def wanted_of(config: Config, offer: Offer, spec: AdapterSpec, machine: Profile,
         checkpointing=train.checkpointing,
         optimizer="adamw" if train.keep_optimizer else None if train.optimizer == "auto" else train.optimizer,
     )
+
+
+def _by_row(config: Config) -> int:
+    """Gradients of each example that example-dp holds: its own, and where units have several examples a unit's sum."""
+    if config.privacy.mode != "example-dp":
+        return 0
+    return 2 if config.privacy.unit == "user" else 1
 
 
 def fitted(config: Config, spec: AdapterSpec, wanted: Wanted, machine: Profile, loaded: bool = False) -> Plan:

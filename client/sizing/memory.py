@@ -99,6 +99,7 @@ class Step:
         frozen: Linear layer -> rank of the frozen part beside it.
         compensation: Linear layer -> rank of its compensation.
         dense: Parameters that are trained whole.
+        by_row: Gradients that are held at one time, each of one example by itself, as example-dp clips them; else 0.
         file_bytes: Of weights that are read and not kept as they are: another format than the file's.
         train: One of `TRAINED`.
         seen_tokens: Tokens that are looked up in input embeddings that stay in the mapped file, or None for enough of all kinds
@@ -115,6 +116,7 @@ class Step:
     frozen: Mapping[str, int] = field(default_factory=dict)
     compensation: Mapping[str, int] = field(default_factory=dict)
     dense: int = 0
+    by_row: int = 0
     file_bytes: int = 0
     train: str = "AB"
     seen_tokens: int | None = None
@@ -143,6 +145,8 @@ def terms(shape: Shape, step: Step, overhead_bytes: int = RUNTIME_BYTES) -> dict
         "frozen part": 4 * sum(rank * sum(shape.linears[module]) for module, rank in step.frozen.items()),
         "compensation": a * sum(rank * sum(shape.linears[module]) for module, rank in step.compensation.items()),
     }
+    if step.by_row:
+        found["gradients by row"] = 4 * moving * (step.by_row + 1)  # and their clipped sum
     saved = step.tokens * _saved(shape, trained, a, wide)
     if step.train == "norm":  # the gradient of a scale needs what it multiplies, in float32
         saved += 8 * shape.hidden * shape.layers * step.tokens

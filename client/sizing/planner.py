@@ -55,6 +55,7 @@ class Wanted:
         compensation: Rank of the base's compensation factors.
         dense: Parameters that are trained whole.
         train: What of a round has gradients, one of `memory.TRAINED`; with `norm` and `head` there are no factors.
+        by_row: Gradients that are held for each example of a forward pass by itself, 0 where they are added up at once.
         whole: Whether every layer must have the rank that was asked.
         only: The number format and the compute format that must be taken, such as a quantised copy's, or None for the best.
         importance: Whether ranks are chosen by importance, which is scored with more columns than are trained.
@@ -79,6 +80,7 @@ class Wanted:
     compensation: int = 0
     dense: int = 0
     train: str = "AB"
+    by_row: int = 0
     whole: bool = False
     only: tuple[str, str] | None = None
     importance: bool = False
@@ -265,6 +267,7 @@ def _point(
         else {},
         dense=wanted.dense,
         train=wanted.train,
+        by_row=wanted.by_row * micro,
         file_bytes=read_bytes(profile, wanted, number_format),
     )
     overhead = profile.overhead_bytes.get(number_format, _CONTEXT_BYTES.get(profile.kind, RUNTIME_BYTES))

@@ -56,6 +56,9 @@ RUNS = {
         "strategy=core", "train.keep_optimizer=true", "clients.join_round=[1,1,2]", "wire.format=int8",
     ],
     "norms": ["adapter.kind=norm", "train.keep_optimizer=true", "clients.fraction=0.7", "wire.format=fp16"],
+    "example-dp with kept moments": [
+        "strategy=ffa", "privacy=example-dp", "privacy.noise_multiplier=1", "privacy.delta=1e-3", "train.keep_optimizer=true",
+    ],
     "alternate in int8": ["strategy=alternate", "wire.format=int8", "clients.join_round=[1,1,2]"],
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from lamina.client.loading import BaseOptions, load_base
 from lamina.client.losses import IGNORED, collate, losses, pad_id
 from lamina.client.model import PREFIX, Base, set_checkpointing
 from lamina.client.private import clipper, layers, selftest
+from lamina.client.private.train import training_row_by_row
 from lamina.protos.config import TrainConfig
 from lamina.protos.errors import ConfigError, TrainingError
 from tests.models import save_bert, save_gpt2, save_llama
@@ -54,6 +55,13 @@ def base(folder: Path) -> Callable[..., Base]:
         return made[key]
 
     return get
+
+
+def gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """What autograd has found; it is taken away."""
+    found, parameter.grad = parameter.grad, None
+    assert found is not None
+    return found
 
 
 def classifier(base: Callable[..., Base], name: str) -> Base:
@@ -121,18 +129,26 @@ def test_activations_that_are_computed_again(base: Callable[..., Base], reentran
             one.model.disable_input_require_grads()
 
 
-@pytest.mark.parametrize(
-    ("number_format", "compute", "most"),
-    [
-        ("bf16", "bf16", 5e-3),
-        ("nf4", "fp32", 1e-5),
-        ("int8", "fp32", 1e-5),
-        ("nf4", "bf16", 3e-2),
-        ("int8wo", "fp32", 1e-5),
-    ],
-)
-def test_bases_in_fewer_bits(base: Callable[..., Base], number_format: str, compute: str, most: float) -> None:
-    assert worst(base("llama", number_format, compute)) <= most
+@pytest.mark.parametrize("number_format", ["nf4", "int8", "mixed", "int8wo"])
+def test_bases_in_fewer_bits(base: Callable[..., Base], number_format: str) -> None:
+    assert worst(base("llama", number_format)) <= 1e-5
+
+
+@pytest.mark.parametrize("number_format", ["bf16", "nf4", "int8"])
+def test_activations_of_sixteen_bits(base: Callable[..., Base], number_format: str) -> None:
+    """The same kernels, on the whole batch or on one row: rounding of a few parts in a thousand at most. A row in a batch and
+    the row alone go through other kernels, which round otherwise.
+    """
+    one = base("llama", number_format, "bf16")
+    parameters, examples = filled(one), [row for row in rows(one, LENGTHS) if row.targets.any()]
+    for some in (examples, examples[:1], examples[2:3]):
+        weights = [1.0 / int(row.targets.sum()) for row in some]
+        added = {name: sum(each[name] for each in by_row(one, parameters, some)) for name in parameters}
+        with training_row_by_row(one):
+            losses(one, collate(some, pad_id(one), one.device, 0, weights))[0].backward()  # type: ignore[no-untyped-call]
+        wanted = {name: gradient(parameter) for name, parameter in parameters.items()}
+        assert distance(added, wanted) <= 5e-3  # type: ignore[arg-type]
+    assert worst(one) <= 2e-2
 
 
 def test_a_large_vocabulary(base: Callable[..., Base], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +174,7 @@ class Small(nn.Module):
         self.again.weight = self.first.weight
         self.head = nn.Linear(6, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         x = self.norm(self.first(x).tanh())
         x = self.again(self.first(x)) + x
         return self.head(x.mean(1)).square().sum(-1)
@@ -184,7 +200,7 @@ class OddRMSNorm(GemmaRMSNorm):
 
 
 def check_small(model: nn.Module, x: torch.Tensor) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
     before = dict(model.named_modules())
     with clipper.attached(model, parameters) as sheet:
         sheet.begin(len(x))
@@ -212,8 +228,6 @@ def test_layers_of_every_kind(norm: Any, count: int, positions: int, frozen: set
     for name, parameter in model.named_parameters():
         parameter.data.normal_()
         parameter.requires_grad_(name not in frozen)
-    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    model.named_parameters = lambda: iter(trained.items())  # type: ignore[method-assign, assignment]
     check_small(model, torch.randn(count, positions, 6))
 
 
@@ -252,7 +266,7 @@ def test_a_parameter_that_is_read_elsewhere_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     with clipper.attached(model, dict(model.named_parameters())) as sheet:
         sheet.begin(3)
-        (model(torch.randn(3, 2)).sum() + model[0].weight.square().sum()).backward()  # type: ignore[union-attr, operator]
+        (model(torch.randn(3, 2)).sum() + model[0].weight.square().sum()).backward()  # type: ignore[operator]
         with pytest.raises(ConfigError, match=r"0\.weight: .* another part of the model reads it as well"):
             clipper.check_unused(sheet)
     refused(nn.Sequential(Penalised(2, 2)), r"0\.weight: expected a trained parameter of a linear layer")
@@ -278,7 +292,7 @@ def test_a_layer_that_sees_tokens_instead_of_rows_is_refused() -> None:
             super().__init__()
             self.expert = nn.Linear(6, 1)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return self.expert(x.flatten(0, 1)).view(len(x), -1).sum(1)
 
     model = Experts()
@@ -357,7 +371,7 @@ def test_opacus_finds_the_same(base: Callable[..., Base], name: str, also: tuple
             logits[:, :-1].transpose(1, 2), batch.targets[:, 1:], reduction="none", ignore_index=IGNORED
         )
         nats = (each.sum(1) * weights).sum()
-    nats.backward()
+    nats.backward()  # type: ignore[no-untyped-call]
     for number, found in enumerate(ours):
         theirs = {key: parameter.grad_sample[number] for key, parameter in parameters.items()}  # type: ignore[attr-defined]
         assert distance(found, theirs) <= 1e-5

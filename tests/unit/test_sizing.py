@@ -51,6 +51,8 @@ def test_the_terms_of_a_step_by_hand() -> None:
     assert found["scattered"] == 2 * 10 * 16 * 4
     assert found["runtime"] == 5 + OBJECT_BYTES
     assert peak_bytes(shape, step, 5) == max(sum(found.values()), found["weights"] + 5)
+    by_row = terms(shape, replace(step, by_row=3), 5)  # of three examples, and their sum
+    assert by_row == {**found, "gradients by row": 4 * 2 * (8 + 4) * 4}
     again = terms(shape, replace(step, checkpointing=True), 5)
     assert again["activations"] == 10 * 4 * 4
     few = terms(replace(shape, vocab=4), replace(step, default="nf4", checkpointing=True), 5)
