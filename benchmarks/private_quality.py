@@ -6,8 +6,8 @@ of each cell is chosen on the tune split with seed 0; losses are of the test spl
 
 **banking77**: a real encoder and the ten most frequent intents of banking77, two sites with an equal share of 10 or 50 questions
 for each intent, 2 rounds of 8 steps of a quarter of a site's questions. LoRA of rank 8, the layer norms (FiLM-type) or the head
-alone is trained; the head in every arm. Accuracy on 40 questions of the test file for each intent, three seeds; the rate is chosen
-in the same way, on questions of the training file that no site has.
+alone is trained; the head in every arm. Accuracy on 40 questions of the test file for each intent, 3 seeds; the rate is chosen in
+the same way, on questions of the training file that no site has.
 
 Restartable: every finished curve is a file under benchmarks/cache.
 
