@@ -56,6 +56,7 @@ class Site:
         wire: Number format of its updates.
         seed: Of the run.
         private: What makes its training private under example-dp, or None.
+        figures: Whether figures of its training may leave; under a privacy mode no noise would cover them.
     """
 
     client_id: str
@@ -66,6 +67,7 @@ class Site:
     wire: WireFormat
     seed: int
     private: Private | None = None
+    figures: bool = True
 
 
 def update_format(config: Config) -> WireFormat:
@@ -139,7 +141,8 @@ def respond(
     )
     told = leaving(update)
     # The machine's memory is the site's own business, whatever a policy lists.
-    told = replace(told, metrics={name: value for name, value in told.metrics.items() if name != "peak_bytes"})
+    metrics = {name: value for name, value in told.metrics.items() if name != "peak_bytes" and site.figures}
+    told = replace(told, metrics=metrics)
     payload = encode_update(told, site.wire, seeds.stream(site.seed, "wire", site.client_id, instruction.round))
     after = ClientState(
         version=instruction.version,

@@ -178,6 +178,7 @@ class SiteWorker:
             wire=update_format(config),
             seed=config.seed,
             private=private(config, int(terms["rounds"])),
+            figures=config.privacy.mode == "none",
         )
         if site.private is not None:
             self._say(f"privacy: {site.private.mechanism.line()}")

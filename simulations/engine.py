@@ -277,6 +277,7 @@ def cohort(config: Config, prepared: Prepared, found: Mapping[str, Budget], watc
             wire=update_format(config),
             seed=config.seed,
             private=private.get(client),
+            figures=config.privacy.mode == "none",
         )
         for client, budget in found.items()
     }

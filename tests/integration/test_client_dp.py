@@ -70,3 +70,11 @@ def test_norms_are_a_sum_under_any_strategy(llama: Path, notes: Path, strategy: 
     assert alone.campaign.plan is not None
     assert alone.campaign.plan.coordinates == sum(value.size for value in first.values())
     assert all((value != second[name]).all() for name, value in first.items())
+
+
+def test_no_figure_of_training_leaves_a_client(llama: Path, notes: Path) -> None:
+    outcome = play(small(llama, notes, "strategy=ffa", *PRIVATE))
+    updates = [update for done in outcome.rounds for update in done.updates]
+    assert updates
+    assert all(not update.metrics for update in updates)
+    assert all(done.record["train_loss"] is None for done in outcome.rounds)
