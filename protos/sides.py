@@ -112,6 +112,23 @@ def numbers_of(factors: LoraFactors, side: Trainable) -> Array:
     return found
 
 
+def change_of(sent: LoraFactors, start: LoraFactors, side: Trainable, scale: float) -> Array:
+    """What a client changed of one module, in the coordinates of the global factors.
+
+    Args:
+        sent: What it ended with.
+        start: What it started from, of the same rank and scale.
+        side: Which side it trained.
+        scale: Of the global factors, which every side but A takes up.
+
+    Returns:
+        (r_k, d_in), (d_out, r_k) or (r_k, r_k), float64: the first slots of the global ones.
+    """
+    ratio = 1.0 if side == "A" else sent.scale / scale
+    change: Array = ratio * (numbers_of(sent, side).astype(np.float64) - numbers_of(start, side))
+    return change
+
+
 def with_numbers(factors: LoraFactors, side: Trainable, values: Array) -> LoraFactors:
     """Factors with other numbers in one side.
 

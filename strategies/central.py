@@ -22,7 +22,7 @@ from lamina.protos.errors import ConfigError
 from lamina.protos.messages import Budget, Release, Trainable, Update
 from lamina.protos.privacy.events import Event, to_json
 from lamina.protos.privacy.noise import Stream, noised
-from lamina.protos.sides import numbers_of, with_numbers
+from lamina.protos.sides import change_of, numbers_of, with_numbers
 from lamina.protos.spec import AdapterSpec
 from lamina.strategies.base import ServerState, Strategy
 from lamina.strategies.exact import in_order
@@ -131,9 +131,7 @@ def change(current: Adapter, trained: Adapter, start: Adapter, side: Trainable) 
     """
     found: Changes = {}
     for module, factors in trained.lora.items():
-        ratio = 1.0 if side == "A" else factors.scale / current.lora[module].scale
-        began = numbers_of(start.lora[module], side)
-        found[module] = ratio * (numbers_of(factors, side).astype(np.float64) - began)
+        found[module] = change_of(factors, start.lora[module], side, current.lora[module].scale)
     for name, value in trained.dense.items():
         found[name] = value.astype(np.float64) - start.dense.get(name, current.dense[name])
     return found

@@ -20,7 +20,7 @@ from lamina.protos.adapter import Adapter, Array, LoraFactors
 from lamina.protos.errors import AdapterMismatch, SecureSumAborted, SecureSumRefused
 from lamina.protos.identity import canonical
 from lamina.protos.secagg.encoding import Encoding, decode, encode
-from lamina.protos.sides import Side, numbers_of, side_of, with_numbers
+from lamina.protos.sides import Side, change_of, side_of, with_numbers
 from lamina.protos.spec import AdapterSpec
 
 # Of a vector, in numbers: 16 GiB at the most.
@@ -155,7 +155,7 @@ def encoded(layout: Layout, grid: Encoding, sent: Adapter, start: Adapter, num_e
         if name in layout.dense:
             part += weight * (sent.dense[name].astype(np.float64) - start.dense[name])
         elif name in sent.lora:
-            change = weight * _change(layout, name, sent.lora[name], start.lora[name])
+            change = weight * change_of(sent.lora[name], start.lora[name], layout.side, layout.scales[name])
             if any(mine > most for mine, most in zip(change.shape, shape, strict=True)):
                 raise AdapterMismatch(f"secure sum: {name}: expected at most {shape}, got {change.shape}.")
             part[tuple(slice(size) for size in change.shape)] = change
@@ -163,13 +163,6 @@ def encoded(layout: Layout, grid: Encoding, sent: Adapter, start: Adapter, num_e
         at += part.size
     values[at:] = encode(np.array([weight * grid.bound]), grid)
     return values
-
-
-def _change(layout: Layout, module: str, sent: LoraFactors, start: LoraFactors) -> Array:
-    """The change of the trained factor, at the global scale."""
-    ratio = 1.0 if layout.side == "A" else sent.scale / layout.scales[module]
-    change: Array = ratio * (numbers_of(sent, layout.side).astype(np.float64) - numbers_of(start, layout.side))
-    return change
 
 
 def mean(layout: Layout, grid: Encoding, total: Array, participants: int) -> Adapter:
