@@ -24,7 +24,7 @@ import numpy as np
 from lamina.protos.adapter import Adapter, Array, LoraFactors, prefix
 from lamina.protos.errors import AdapterMismatch
 from lamina.protos.messages import Budget, Release, Update
-from lamina.protos.sides import Side, numbers_of, one_side, start_factors, with_numbers
+from lamina.protos.sides import Side, change_of, numbers_of, one_side, start_factors, with_numbers
 from lamina.protos.spec import AdapterSpec
 from lamina.strategies.base import (
     LayerReport,
@@ -121,9 +121,8 @@ def moved(
     """
     after = numbers_of(current, side).astype(np.float64)
     for trained, start, weight in sent:
-        share = learning_rate * weight * (1.0 if side == "A" else trained.scale / current.scale)
-        change = numbers_of(trained, side).astype(np.float64) - numbers_of(start, side)
-        after[tuple(slice(size) for size in change.shape)] += share * change
+        change = change_of(trained, start, side, current.scale)
+        after[tuple(slice(size) for size in change.shape)] += learning_rate * weight * change
     return with_numbers(current, side, after.astype(np.float32))
 
 
