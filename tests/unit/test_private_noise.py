@@ -73,6 +73,8 @@ def _forked(stream: object, answer: object) -> None:
         stream.uniform(1)  # type: ignore[attr-defined]
     except RuntimeError as error:
         answer.put(str(error))  # type: ignore[attr-defined]
+    else:
+        answer.put("it went on")  # type: ignore[attr-defined]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
