@@ -42,7 +42,7 @@ from lamina.client.sizing.fitting import (
 from lamina.client.sizing.importance import check_public, chosen_ranks
 from lamina.client.sizing.planner import SHARE, Plan, Wanted
 from lamina.client.sizing.probed import remembered
-from lamina.client.work import Sized, Trained
+from lamina.client.work import Allow, Sized, Trained
 from lamina.protos import compose
 from lamina.protos.adapter import Adapter
 from lamina.protos.allocator import give_back
@@ -253,12 +253,13 @@ class SiteWorker:
             self._say(f"{len(found.train)} training examples, {len(found.held_out)} held out")
         return self._data[1]
 
-    def train(self, instruction: Instruction, progress: Callable[[int], None]) -> Trained:
+    def train(self, instruction: Instruction, progress: Callable[[int], None], allow: Allow) -> Trained:
         """Train from a release.
 
         Args:
             instruction: With the release's files.
             progress: Told each step; may raise.
+            allow: Asked before anything is trained under example-dp.
 
         Returns:
             The encoded update and the state after it.

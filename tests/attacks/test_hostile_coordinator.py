@@ -22,7 +22,7 @@ from lamina.client.agent import Agent
 from lamina.client.listening import Settings
 from lamina.client.policy import Policy
 from lamina.client.spool import Spool
-from lamina.client.work import Trained
+from lamina.client.work import Allow, Trained
 from lamina.protos import coordinator_pb2 as pb
 from lamina.protos.chain import Head
 from lamina.protos.clock import SYSTEM, Clock
@@ -188,7 +188,7 @@ class Site:
 class Noted(Synthetic):
     """Trains nothing."""
 
-    def train(self, instruction: Instruction, progress: Callable[[int], None]) -> Trained:
+    def train(self, instruction: Instruction, progress: Callable[[int], None], allow: Allow) -> Trained:
         self.trained.append(instruction.round)
         return Trained(b"update", {})
 

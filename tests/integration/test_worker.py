@@ -12,6 +12,7 @@ from lamina.client.evaluate import score
 from lamina.client.loading import BaseOptions, load_base
 from lamina.client.model import put
 from lamina.client.policy import Policy
+from lamina.client.work import nothing_private
 from lamina.client.worker import SiteWorker
 from lamina.protos.blobs import blob
 from lamina.protos.codec import decode_update
@@ -51,7 +52,7 @@ def test_a_worker_trains_and_measures_one_factor_a_round(tmp_path: Path, strateg
     state = campaign.strategy.init(spec)
     for _ in range(3):
         sent = released(campaign, blob, state, {"0": budget})["0"]
-        found = worker.train(sent.instruction, lambda step: None)
+        found = worker.train(sent.instruction, lambda step: None, nothing_private)
         release = started(campaign, sent)
         update = trained(decode_update(found.update), release)
         state = campaign.strategy.step(state, [update], {"0": release}, np.random.default_rng(0))
