@@ -145,7 +145,7 @@ def test_norms_are_planned_registered_and_trained_without_ranks(rows: Any) -> No
     assert again.size(offered(schema, *words), schema, json.loads(json.dumps(sized.kept))).kept == sized.kept
     told = offered(schema, *words, chosen={})
     one.begin(told, schema, {}, -1)
-    update = decode(one.train(instruction(schema), lambda step: None).update)
+    update = decode(one.train(instruction(schema), lambda step: None, nothing_private).update)
     assert set(update.lora) == set()
     assert all(not np.array_equal(update.dense[name], first) for name, first in schema.dense.items())
     with pytest.raises(NothingFits, match="the norms trained whole"):
