@@ -142,15 +142,16 @@ class Site:
         liar: Whom it works for.
         folder: Its state.
         policy: What it allows.
+        worker: What trains.
     """
 
     liar: Liar
     folder: Path
     policy: Policy = field(default_factory=Policy)
+    worker: Synthetic = field(default_factory=lambda: Noted("north"))
     events: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
 
     def __enter__(self) -> Self:
-        self.worker = Noted("north")
         settings = Settings(Address(f"127.0.0.1:{self.liar.port}", None, "north"), self.policy, self.folder, stay=True)
         self.agent = Agent(settings, self.worker, FAST, lambda event, **said: self.events.append((event, said)))
         self.thread, self.outcome = deployment.in_thread(self.agent)
