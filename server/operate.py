@@ -238,7 +238,7 @@ def watched(document: Any, before: Any = None) -> str:
         return shown(document["status"], before)
     record = document["record"]
     loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
-    spent = "" if record["epsilon"] is None else f", epsilon {record['epsilon']:.3g}"
+    spent = "" if record.get("epsilon") is None else f", epsilon {record['epsilon']:.3g}"
     return (
         f"round {record['round']}: loss {loss}, {len(record['clients'])} of {len(record['asked'])} clients, "
         f"{_rejections(len(record['rejections']))}, {record['bytes_up'] / 1e6:.1f} MB up, {record['seconds']:.1f} s{spent}"

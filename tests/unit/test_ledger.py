@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lamina.client import doctor_files
 from lamina.client.policy import Policy, PrivacyFloor
 from lamina.client.private import account as accounts
 from lamina.client.private import ledger as ledgers
@@ -252,6 +253,23 @@ def test_whatever_the_order_of_faults_nothing_is_sent_unpaid(tmp_path: Path, pla
     assert set(sent) <= {one.update for one in on_disk.charges}
     assert len(on_disk.charges) == made >= len(set(sent))
     assert on_disk.charges == site.ledger.charges
+
+
+def test_the_doctor_tells_what_was_spent(tmp_path: Path) -> None:
+    assert list(doctor_files.ledger(tmp_path, None)) == []
+    filled(tmp_path, 2)
+    filled(tmp_path, 1, "another")
+    cost = epsilon([replace(ONE, steps=30)], DELTA)
+    (line,) = doctor_files.ledger(tmp_path, None)
+    assert (line.level, line.what) == ("ok", "privacy")
+    assert f"3 charges of 2 runs, epsilon {cost:.4g} at delta 1e-05 in all." in line.message
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("privacy: {total_epsilon: 8, total_delta: 1e-5}")
+    (line,) = doctor_files.ledger(tmp_path, policy)
+    assert f"in all of 8, {8 - cost:.4g} left" in line.message
+    (tmp_path / FILE_NAME).write_bytes(b"garbage\n")
+    (line,) = doctor_files.ledger(tmp_path, None)
+    assert line.level == "FAIL"
 
 
 def test_standing_names_what_is_left(tmp_path: Path) -> None:
