@@ -83,3 +83,25 @@ def test_killed_between_noise_and_acknowledgement(tmp_path: Path) -> None:
             for number, (name, (point, charged)) in enumerate(POINTS.items())
         }
     )
+
+
+def coordinator_killed(folder: Path, when: str) -> None:
+    """What was spent is in the checkpoint; a round that is aggregated again is in the history once."""
+    with Scene(folder, GIVEN) as it:
+        first = it.coordinator(Point("lamina.server.store.checkpoint:save", when, 2))
+        for name in NAMES:
+            it.site(name, Noisy(name))
+        it.ended(first, -signal.SIGKILL)
+        it.ended(it.coordinator(), 0)
+        it.sites_ended()
+        never_under(it)
+        whole_history(it)
+        for name in NAMES:
+            assert [one.event.round for one in opened(folder / name).charges] == [1, 2, 3]
+        epsilons = [record["epsilon"] for record in it.records()]
+        assert epsilons == sorted(epsilons)
+        assert len(set(epsilons)) == 3
+
+
+def test_a_coordinator_that_is_killed_forgets_nothing(tmp_path: Path) -> None:
+    at_once({when: functools.partial(coordinator_killed, tmp_path / when, when) for when in ("before", "after")})
