@@ -15,7 +15,7 @@ from typing import Any
 from lamina.protos.config import Config
 from lamina.protos.errors import ConfigError, UpdateRejected
 from lamina.protos.messages import Update
-from lamina.protos.privacy.accounting import ACCOUNTANT, epsilon, epsilon_rdp
+from lamina.protos.privacy.accounting import ACCOUNTANT, bound, epsilon, epsilon_rdp
 from lamina.protos.privacy.events import Claim, Event, Unit, from_claim, from_json, to_json
 
 EXAMPLE_DP, CLIENT_DP = "example-dp", "client-dp"
@@ -146,13 +146,8 @@ def spent(history: History, target_delta: float) -> Spent:
     Raises:
         ConfigError: If an entry is no event.
     """
-    events: dict[str, list[Event]] = {}
-    claimed: dict[str, float] = {}
-    for entry in history:
-        event = from_json({key: value for key, value in entry.items() if key != _CLAIMED}, "privacy_history")
-        events.setdefault(event.client_id, []).append(event)
-        claimed[event.client_id] = max(claimed.get(event.client_id, 0.0), float(entry.get(_CLAIMED, 0.0)))
-    found = {client: max(epsilon(of, target_delta), claimed[client]) for client, of in sorted(events.items())}
+    events, claimed = _by_client(history)
+    found = {client: max(epsilon(of, target_delta), claimed[client]) for client, of in events.items()}
     rdp = max((epsilon_rdp(of, target_delta) for of in events.values()), default=0.0)
     worst = max(found.values(), default=0.0)
     return Spent(worst, {client: value for client, value in found.items() if client}, rdp)
@@ -166,9 +161,29 @@ def worst_so_far(promise: Promise | None, history: History) -> float | None:
         history: After the round.
 
     Returns:
-        The worst client's so far; None without privacy.
+        That of `spent`, without what it takes for all clients; None without privacy.
     """
-    return None if promise is None else spent(history, promise.target_delta).worst
+    if promise is None:
+        return None
+    events, claimed = _by_client(history)
+    bounds = {client: bound(of, promise.target_delta) for client, of in events.items()}
+    worst = max(claimed.values(), default=0.0)
+    for client in sorted(bounds, key=lambda one: -bounds[one]):
+        if bounds[client] <= worst:
+            break
+        worst = max(worst, epsilon(events[client], promise.target_delta))
+    return worst
+
+
+def _by_client(history: History) -> tuple[dict[str, list[Event]], dict[str, float]]:
+    """Events and the largest claim of each client, by id."""
+    events: dict[str, list[Event]] = {}
+    claimed: dict[str, float] = {}
+    for entry in history:
+        event = from_json({key: value for key, value in entry.items() if key != _CLAIMED}, "privacy_history")
+        events.setdefault(event.client_id, []).append(event)
+        claimed[event.client_id] = max(claimed.get(event.client_id, 0.0), float(entry.get(_CLAIMED, 0.0)))
+    return dict(sorted(events.items())), claimed
 
 
 def document(promise: Promise | None, history: History) -> dict[str, Any] | None:

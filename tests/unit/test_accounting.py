@@ -19,7 +19,7 @@ from scipy.stats import norm
 
 from lamina.protos.errors import ConfigError
 from lamina.protos.privacy import accounting
-from lamina.protos.privacy.accounting import composed, epsilon, epsilon_rdp, noise_for
+from lamina.protos.privacy.accounting import bound, composed, epsilon, epsilon_rdp, noise_for
 from lamina.protos.privacy.events import Event
 
 DELTA = 1e-5
@@ -113,6 +113,13 @@ def test_more_costs_more(mechanism: tuple[float, float, int]) -> None:
     assert epsilon([event(min(1.0, 2 * rate), noise, steps)], DELTA) >= cost - slack
     assert epsilon([event(rate, 1.5 * noise, steps)], DELTA) <= cost + slack
     assert epsilon([event(rate, noise, steps)], 10 * DELTA) <= cost + slack
+
+
+@settings(max_examples=4, deadline=None)
+@given(MECHANISMS)
+def test_the_quick_bound_is_one(mechanism: tuple[float, float, int]) -> None:
+    cost = epsilon([event(*mechanism)], DELTA)
+    assert cost - 1e-3 <= bound([event(*mechanism)], DELTA) <= 1.02 * cost + 0.02
 
 
 @settings(max_examples=4, deadline=None)
