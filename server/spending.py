@@ -36,6 +36,8 @@ class Promise:
         budget: Largest epsilon of any client, or None.
         steps: That a client takes in a round.
         clip: Largest L2 norm of what one unit gives to a step.
+        summed: Whether only sums of updates arrive, which carry no claims. Then the budget, which each site keeps, is all that
+            the coordinator knows.
     """
 
     mode: str
@@ -44,6 +46,7 @@ class Promise:
     budget: float | None
     steps: int
     clip: float
+    summed: bool = False
 
 
 def promise_of(config: Config) -> Promise | None:
@@ -61,7 +64,7 @@ def promise_of(config: Config) -> Promise | None:
     central = privacy.mode == CLIENT_DP
     unit: Unit = "client" if central else "user" if privacy.unit == "user" else "record"
     steps, clip = (1, privacy.clip_norm) if central else (train.local_steps, train.max_grad_norm)
-    return Promise(privacy.mode, unit, privacy.delta, privacy.epsilon, steps, clip)
+    return Promise(privacy.mode, unit, privacy.delta, privacy.epsilon, steps, clip, privacy.secagg)
 
 
 def check_claim(promise: Promise, update: Update) -> None:
@@ -74,7 +77,7 @@ def check_claim(promise: Promise, update: Update) -> None:
     Raises:
         UpdateRejected: `privacy` where the claim is absent, or not what the run promises; `malformed` where it is none.
     """
-    if promise.mode != EXAMPLE_DP:
+    if promise.mode != EXAMPLE_DP or promise.summed:
         return
     where = f"client {update.client_id}, round {update.round}"
     if update.privacy is None:
@@ -110,9 +113,9 @@ def charges(promise: Promise | None, updates: Iterable[Update]) -> tuple[Mapping
         updates: That `check_claim` has let pass.
 
     Returns:
-        An entry each; none under client-dp, whose events its strategy adds.
+        An entry each; none under client-dp, whose events its strategy adds, and none of a sum.
     """
-    if promise is None or promise.mode != EXAMPLE_DP:
+    if promise is None or promise.mode != EXAMPLE_DP or promise.summed:
         return ()
     claims = (_claim(promise, update) for update in updates)
     return tuple({**to_json(claim.event), _CLAIMED: claim.epsilon} for claim in claims)
@@ -161,10 +164,10 @@ def worst_so_far(promise: Promise | None, history: History) -> float | None:
         history: After the round.
 
     Returns:
-        That of `spent`, without what it takes for all clients; None without privacy.
+        That of `spent`, without what it takes for all clients; of sums the budget; None without privacy.
     """
-    if promise is None:
-        return None
+    if promise is None or promise.summed:
+        return None if promise is None else promise.budget
     events, claimed = _by_client(history)
     bounds = {client: bound(of, promise.target_delta) for client, of in events.items()}
     worst = max(claimed.values(), default=0.0)
@@ -202,10 +205,10 @@ def document(promise: Promise | None, history: History) -> dict[str, Any] | None
     return {
         "mode": promise.mode,
         "unit": promise.unit,
-        "epsilon": found.worst,
+        "epsilon": promise.budget if promise.summed else found.worst,
         "delta": promise.target_delta,
         "accountant": ACCOUNTANT,
         "per_client": dict(found.per_client),
-        "epsilon_rdp": found.rdp,
+        "epsilon_rdp": None if promise.summed else found.rdp,
         "budget": promise.budget,
     }

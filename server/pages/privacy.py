@@ -49,7 +49,12 @@ def _by_client(run: Run) -> str:
         f" By RDP, a looser bound that is computed in another way, the largest is {num(rdp)}." if usable(rdp) else ""
     )
     if not found:
-        return section("Privacy by client", f"One mechanism covers all clients.{check}", tag="figure")
+        why = (
+            "One mechanism covers all clients."
+            if run.get("privacy.mode") == "client-dp"
+            else ("Only sums of updates arrived, so the budget, which each site keeps, stands for what was spent.")
+        )
+        return section("Privacy by client", f"{why}{check}", tag="figure")
     names = {c.ident: str(c) for c in run.clients}
     most = max([*found.values(), *([budget] if usable(budget) else [])])
     rows = []

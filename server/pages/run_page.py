@@ -129,10 +129,10 @@ def _headline(run: Run) -> str:
     ]
     if get("privacy"):
         spent = [r["epsilon"] for r in run.rounds if usable(r.get("epsilon"))]
-        worst = max(spent, default=None) if get("privacy.epsilon") is None else get("privacy.epsilon")
+        cost = max(spent, default=None) if get("privacy.epsilon") is None else get("privacy.epsilon")
         of = f" of {num(get('privacy.budget'), 2)}" if usable(get("privacy.budget")) else ""
         how = ", ".join(escape(part) for key in ("mode", "unit", "accountant") if (part := get(f"privacy.{key}")))
-        rows.append(("Privacy", f"ε = {num(worst, 2)}{of}", f"at δ = {num(get('privacy.delta'), 6)}; {how}"))
+        rows.append(("Privacy", f"ε = {num(cost, 2)}{of}", f"at δ = {num(get('privacy.delta'), 6)}; {how}"))
     return tiles(rows, "figures" if len(rows) % 4 == 0 or len(rows) % 3 else "figures by3")
 
 

@@ -145,7 +145,7 @@ def test_hardly_any_noise_or_steps_without_end(tmp_path: Path, asks: bool, task:
 
 def test_an_update_without_noise_is_not_sent_when_the_run_turns_private(tmp_path: Path) -> None:
     """Made in the clear under `none`, and offered again under example-dp of the same run: nobody paid for it."""
-    with liar(**{"privacy.mode": "none"}) as hub:
+    with liar(1000.0, **{"privacy.mode": "none"}) as hub:
         with site(hub, tmp_path, asks=False) as one:
             assert one.asked(hub.train(1)) == "sent"
         sent = len(hub.claims)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lamina.client.policy import Policy, PrivacyFloor
+from lamina.client.private import account as accounts
 from lamina.client.private import ledger as ledgers
 from lamina.client.private.ledger import FILE_NAME, Ledger, opened
 from lamina.protos.errors import BudgetSpent, QuorumNotReached
@@ -257,3 +258,27 @@ def test_the_history_survives_the_strategies(tmp_path: Path) -> None:
     for strategy in ("ffa", "alternate", "residual"):
         played = play(tmp_path / strategy, f"strategy={strategy}", "rounds=2")
         assert run_directory.read_records(played.path)[-1]["epsilon"] == pytest.approx(cost(2), abs=1e-6)
+
+
+def test_what_is_masked_is_paid_for_and_the_coordinator_knows_the_budget(tmp_path: Path) -> None:
+    """Only sums arrive, without claims: each site's ledger has every round, the coordinator what no site exceeds."""
+    played = play(tmp_path, "privacy.secagg=true", "strategy=ffa", "aggregation.weights=uniform")
+    records = run_directory.read_records(played.path)
+    assert [one["clients"] for one in records] == [sorted(NAMES)] * 3
+    assert [one["epsilon"] for one in records] == [20.0] * 3
+    told = json.loads((played.path / "summary.json").read_text())["privacy"]
+    assert (told["epsilon"], told["budget"], told["per_client"]) == (20.0, 20.0, {})
+    for name in NAMES:
+        assert [one.update for one in played.ledger(name).charges] == played.workers[name].made
+        assert played.told(name, "summed")
+
+
+def test_what_nobody_paid_for_is_not_masked_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unpaid(ledger: Ledger, charge: object, now: object) -> Ledger:
+        return ledger
+
+    monkeypatch.setattr(accounts, "charged", unpaid)
+    played = play(tmp_path, "privacy.secagg=true", "strategy=ffa", "aggregation.weights=uniform")
+    assert run_directory.read_records(played.path) == []
+    assert all(not played.told(name, "summed") for name in NAMES)
+    assert {one["code"] for one in played.told("north", "failed")} == {"privacy"}

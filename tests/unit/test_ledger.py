@@ -17,6 +17,7 @@ from lamina.client.private import ledger as ledgers
 from lamina.client.private.account import Account, allowed, check_paid, limits_of, paid
 from lamina.client.private.ledger import FILE_NAME, Charge, Ledger, charged, opened
 from lamina.protos.errors import BudgetSpent
+from lamina.protos.files import sha256
 from lamina.protos.privacy.accounting import epsilon
 from lamina.protos.privacy.events import Event
 from lamina.protos.record import Head
@@ -164,7 +165,7 @@ def test_the_last_round_within_the_budget_is_allowed_and_the_next_is_not(tmp_pat
         assert allowed(one, number, event) == pytest.approx(
             epsilon([replace(ONE, steps=10 * number)], DELTA), abs=1e-12
         )
-        one = paid(one, event, f"{number:064x}", NOW)
+        one = paid(one, number, event, f"{number:064x}", NOW)
     with pytest.raises(BudgetSpent, match="expected at most epsilon"):
         allowed(one, 4, replace(ONE, round=4))
     # Nor does a restart, which reads the same file, forget.
@@ -172,16 +173,22 @@ def test_the_last_round_within_the_budget_is_allowed_and_the_next_is_not(tmp_pat
         allowed(account(opened(tmp_path), budget), 4, replace(ONE, round=4))
 
 
+def update_file(folder: Path, content: bytes) -> Path:
+    path = folder / "update.safetensors"
+    path.write_bytes(content)
+    return path
+
+
 def test_a_round_that_is_trained_again_costs_again(tmp_path: Path) -> None:
-    one = paid(account(opened(tmp_path)), ONE, "a" * 64, NOW)
-    again = paid(one, ONE, "b" * 64, NOW)
+    one = paid(account(opened(tmp_path)), 1, ONE, sha256(b"a"), NOW)
+    again = paid(one, 1, ONE, sha256(b"b"), NOW)
     assert again.spent == pytest.approx(epsilon([replace(ONE, steps=20)], DELTA), abs=1e-12)
-    check_paid(again, "a" * 64)
-    check_paid(again, "b" * 64)
+    check_paid(again, update_file(tmp_path, b"a"))
+    check_paid(again, update_file(tmp_path, b"b"))
     with pytest.raises(BudgetSpent, match="does not leave this site"):
-        check_paid(again, "c" * 64)
+        check_paid(again, update_file(tmp_path, b"c"))
     with pytest.raises(BudgetSpent, match="does not leave this site"):
-        check_paid(replace(again, run_id="another"), "a" * 64)
+        check_paid(replace(again, run_id="another"), update_file(tmp_path, b"a"))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +225,7 @@ def test_the_total_is_over_runs_and_of_one_unit(tmp_path: Path) -> None:
     floor = PrivacyFloor(total_epsilon=epsilon([replace(ONE, steps=30)], DELTA), total_delta=DELTA)
     one = account(opened(tmp_path), policy=Policy(privacy=floor), run="second")
     assert allowed(one, 1, ONE) == pytest.approx(epsilon([ONE], DELTA))
-    one = paid(one, ONE, "a" * 64, NOW)
+    one = paid(one, 1, ONE, "a" * 64, NOW)
     with pytest.raises(BudgetSpent, match=r"privacy\.total_epsilon: expected at most"):
         allowed(one, 2, replace(ONE, round=2))
     user = replace(one, limits=replace(one.limits, unit="user"))
@@ -238,13 +245,13 @@ def test_whatever_the_order_of_faults_nothing_is_sent_unpaid(tmp_path: Path, pla
     for play in plays:
         if play == "charge" and not stored:
             made += 1
-            in_memory = f"{made:064x}"
-            site = paid(site, ONE, in_memory, NOW)
+            in_memory = f"update {made}"
+            site = paid(site, 1, ONE, sha256(in_memory.encode()), NOW)
         elif play == "store" and in_memory:
             stored, in_memory = in_memory, ""
         elif play == "send" and stored:
-            check_paid(site, stored)
-            sent.append(stored)
+            check_paid(site, update_file(tmp_path, stored.encode()))
+            sent.append(sha256(stored.encode()))
         elif play == "lose":
             stored = ""
         elif play == "kill":
@@ -273,7 +280,7 @@ def test_the_doctor_tells_what_was_spent(tmp_path: Path) -> None:
 
 
 def test_standing_names_what_is_left(tmp_path: Path) -> None:
-    one = paid(account(opened(tmp_path)), ONE, "a" * 64, NOW)
+    one = paid(account(opened(tmp_path)), 1, ONE, "a" * 64, NOW)
     told = accounts.standing(one)
     assert told["remaining"] == pytest.approx(8.0 - told["spent"], abs=1e-3)
     assert "total" not in told

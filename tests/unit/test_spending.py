@@ -103,8 +103,22 @@ def test_the_central_mechanism_is_the_entry_without_a_client() -> None:
     told = document(central, entries)
     assert told is not None
     assert told["per_client"] == {}
-    assert told["epsilon"] == worst_so_far(central, entries) > 0
+    assert told["epsilon"] == worst_so_far(central, entries)
+    assert told["epsilon"] > 0
     assert (told["mode"], told["unit"], told["budget"]) == ("client-dp", "client", 20.0)
+
+
+def test_of_sums_the_budget_is_all_that_is_known() -> None:
+    """No claim arrives with a sum; each site keeps the budget, so it bounds what was spent."""
+    words = ["privacy=example-dp", "privacy.epsilon=8", "train.local_steps=4", "privacy.secagg=true", "strategy=ffa"]
+    promise = promise_of(config_of(words))
+    assert promise == replace(PROMISE, summed=True)
+    check_claim(promise, replace(update(), privacy=None))
+    assert charges(promise, [replace(update(), privacy=None)]) == ()
+    assert worst_so_far(promise, []) == 8.0
+    told = document(promise, [])
+    assert told is not None
+    assert (told["epsilon"], told["per_client"], told["epsilon_rdp"]) == (8.0, {}, None)
 
 
 def test_without_privacy_there_is_nothing_to_tell() -> None:
