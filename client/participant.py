@@ -162,11 +162,12 @@ def _trained(
 
 
 def _claimed(private: Private, round_number: int) -> dict[str, float]:
-    """What the update says of its mechanism; nothing of it depends on data. Epsilon is that of training in every round so far."""
+    """What the update says of its mechanism; nothing of it depends on data. Epsilon is that of this round alone: a site's worker
+    puts what its ledger says in its place, and a simulation's coordinator computes the rest from all events.
+    """
     mechanism = private.mechanism
     event = mechanism.event("", round_number)
-    so_far = replace(event, steps=event.steps * round_number)
-    return to_claim(Claim(event, mechanism.target_delta, epsilon([so_far], mechanism.target_delta)))
+    return to_claim(Claim(event, mechanism.target_delta, epsilon([event], mechanism.target_delta)))
 
 
 def received(
