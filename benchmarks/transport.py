@@ -231,7 +231,7 @@ def site(folder: Path, name: str, port: int) -> int:
         def begin(self, terms: Any, spec: Any, state: Any, version: int) -> None:
             self.name = terms["client_id"]
 
-        def train(self, instruction: Any, progress: Any) -> Trained:
+        def train(self, instruction: Any, progress: Any, allow: Any) -> Trained:
             release = opened(instruction.release)
             lora = {
                 module: LoraFactors(factors.A, factors.B + factors.A.dtype.type(1), factors.scale)

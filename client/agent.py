@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,18 @@ from lamina.client import policy as policies
 from lamina.client.failures import failure_code, on_disk, where
 from lamina.client.listening import BACKOFF_S, Listener, Log, Settings, Terms, signer, verifier
 from lamina.client.masked import Line, certified, follow
-from lamina.client.spool import Finished, Spool, clear_others, newest
+from lamina.client.private import account as accounts
+from lamina.client.private.account import Account
+from lamina.client.spool import Finished, Spool, charged_heads, clear_others, newest
 from lamina.client.summing import Part
 from lamina.client.terms import HASH, whole
-from lamina.client.work import Worker
+from lamina.client.work import Trained, Worker, nothing_private
 from lamina.protos import statements as st
 from lamina.protos.adapter import Array
 from lamina.protos.blobs import Blob, blob
 from lamina.protos.chain import WITNESS_DOMAIN, Head, witness_statement
 from lamina.protos.clock import Clock
-from lamina.protos.errors import (
-    IdentityError,
-    LaminaError,
-    PolicyRefused,
-    one_line,
-)
+from lamina.protos.errors import IdentityError, LaminaError, PolicyRefused, one_line
 from lamina.protos.files import alone
 from lamina.protos.link import DATA_LOSS, Link, Refused, Unreachable
 from lamina.protos.messages import Instruction
@@ -69,6 +67,7 @@ class Agent:
         self._done: Mapping[str, Any] | None = None
         self._failures = 0  # one after another
         self._last: Finished | None = None
+        self._account: Account | None = None  # under example-dp
 
     def run(self) -> int:
         """Take part until the run is over.
@@ -82,6 +81,7 @@ class Agent:
             PolicyRefused: If the site's policy does not allow the run.
             IdentityError: If the coordinator is not whom it should be.
             ConfigError: If another agent uses the folder.
+            BudgetSpent: If the site's privacy ledger cannot be read.
         """
         with alone(self._settings.folder, "client.state", _TAKEN):
             return self._run()
@@ -138,6 +138,7 @@ class Agent:
         spool = Spool(self._settings.folder / terms.run_id)
         self._log("run", run_id=terms.run_id, rounds=terms.document["rounds"], rank=terms.document["rank"])
         with on_disk(spool):
+            self._account = self._opened(terms)
             self._last = last = spool.load()
             spec = self._spec(terms, spool)
         self._worker.begin(terms.document, spec, last.state if last else {}, last.version if last else -1)
@@ -156,6 +157,14 @@ class Agent:
                 self._inbox.put(terms=None, document=None)
                 return True
             self._answer(terms, spool, document)
+
+    def _opened(self, terms: Terms) -> Account | None:
+        """The run's account in the site's ledger; None where nothing is private."""
+        folder, policy = self._settings.folder, self._settings.policy
+        account = accounts.opened(folder, policy, terms.document, charged_heads(folder))
+        if account is not None:
+            self._log("privacy", **accounts.standing(account))
+        return account
 
     def _next(self, terms: Terms) -> Mapping[str, Any] | None:
         """The newest instruction of the run that has not been dealt with."""
@@ -284,18 +293,35 @@ class Agent:
                 self._still(document)
 
             self._log("training", round=instruction.round, bytes_down=instruction.num_bytes)
-            made = self._worker.train(instruction, progress)
+            allow = nothing_private
+            if self._account is not None:
+                allow = functools.partial(accounts.allowed, self._account, instruction.round)
+            made = self._worker.train(instruction, progress, allow)
             finished = Finished(
                 instruction.round, instruction.release_hash, instruction.version, blob(made.update), made.state
             )
+            # The charge is on disk before the update is, and the update before it is sent: see `private.ledger`.
+            finished = replace(finished, charge=self._paid(made, finished))
             self._last = last = spool.save(finished)
             self._listener.held = (terms.run_id, last.version)
+        if self._account is not None:  # also where it is masked: whatever leaves is made of these bytes
+            accounts.check_paid(self._account, Path(str(last.update.content)))
         if terms.document["task"].get("privacy.secagg") is True:
             self._sum(terms, spool, document, last)
             return
         self._upload(terms, spool, document, last, last.update)
         spool.accepted(last)
         self._log("sent", round=last.round, bytes_up=last.update.num_bytes)
+
+    def _paid(self, made: Trained, finished: Finished) -> Head | None:
+        """Charge the site's ledger for an update; the line that says so."""
+        if self._account is None:
+            return None
+        self._account = accounts.paid(
+            self._account, finished.round, made.event, finished.update.sha256, self._clock.now()
+        )
+        self._log("privacy", round=finished.round, **accounts.standing(self._account))
+        return self._account.ledger.head
 
     def _upload(
         self, terms: Terms, spool: Spool, document: Mapping[str, Any], last: Finished, content: Blob, **more: str

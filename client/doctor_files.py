@@ -9,10 +9,12 @@ from pathlib import Path
 from lamina.client.doctor import Line
 from lamina.client.hardware import size
 from lamina.client.policy import Policy, read
+from lamina.client.private import ledger as ledgers
 from lamina.client.rows import glance
 from lamina.protos import spec as specs
-from lamina.protos.config import Config, DataConfig
-from lamina.protos.errors import ConfigError, LaminaError
+from lamina.protos.config import Config, DataConfig, PrivacyConfig
+from lamina.protos.errors import BudgetSpent, ConfigError, LaminaError
+from lamina.protos.privacy.accounting import epsilon
 
 
 def settings_of(path: Path) -> tuple[Config, Mapping[str, str]]:
@@ -56,6 +58,34 @@ def text(config: DataConfig) -> Iterator[Line]:
         yield Line("FAIL", "data", str(error))
     else:
         yield Line("ok", "data", f"{config.source} has rows.")
+
+
+def ledger(folder: Path, policy: Path | None) -> Iterator[Line]:
+    """What the site's privacy ledger says was spent, where there is one.
+
+    Args:
+        folder: `client.state`.
+        policy: The site's policy file, for what may be spent in all.
+
+    Yields:
+        At most one finding.
+    """
+    if not (folder / ledgers.FILE_NAME).exists():
+        return
+    try:
+        found, floor = ledgers.opened(folder), read(policy).privacy
+    except BudgetSpent as error:
+        yield Line("FAIL", "privacy", str(error))
+        return
+    except ConfigError:
+        return  # told of the policy
+    target_delta = floor.total_delta or floor.max_delta or PrivacyConfig().delta
+    spent, runs = epsilon(found.events(), target_delta), len(ledgers.runs_of(found))
+    said = f"{found.path}: {len(found.charges)} charges of {runs} run{'' if runs == 1 else 's'}, "
+    said += f"epsilon {spent:.4g} at delta {target_delta:g} in all"
+    if floor.total_epsilon is not None:
+        said += f" of {floor.total_epsilon:g}, {max(0.0, floor.total_epsilon - spent):.4g} left"
+    yield Line("ok", "privacy", f"{said}. Keep the file with the data, and never restore an older copy.")
 
 
 def schema(path: Path) -> Iterator[Line]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from lamina.client.spool import Spool
 from lamina.protos.errors import (
     AdapterMismatch,
+    BudgetSpent,
     CheckpointError,
     ConfigError,
     DataError,
@@ -32,6 +33,7 @@ def failure_code(error: BaseException) -> str:
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
         return "out-of-memory"
     kinds: tuple[tuple[type[BaseException], str], ...] = (
+        (BudgetSpent, "privacy"),
         (TrainingError, "training"),
         (CheckpointError, "disk"),
         (DataError, "data"),

@@ -25,6 +25,7 @@ from lamina.protos.config import Config, TrainConfig
 from lamina.protos.errors import AdapterMismatch, TrainingError
 from lamina.protos.messages import Budget, Instruction, Reply, Update
 from lamina.protos.privacy.accounting import epsilon
+from lamina.protos.privacy.events import Claim, to_claim
 from lamina.protos.sides import Side, one_side, side_of, whole
 
 
@@ -161,17 +162,12 @@ def _trained(
 
 
 def _claimed(private: Private, round_number: int) -> dict[str, float]:
-    """What the update says of its mechanism; nothing of it depends on data. Epsilon is that of training in every round so far."""
+    """What the update says of its mechanism; nothing of it depends on data. Epsilon is that of this round alone: a site's worker
+    puts what its ledger says in its place, and a simulation's coordinator computes the rest from all events.
+    """
     mechanism = private.mechanism
     event = mechanism.event("", round_number)
-    return {
-        "noise_multiplier": event.noise_multiplier,
-        "sample_rate": event.sample_rate,
-        "steps": float(event.steps),
-        "clip": event.clip,
-        "delta": mechanism.target_delta,
-        "epsilon": epsilon([replace(event, steps=event.steps * round_number)], mechanism.target_delta),
-    }
+    return to_claim(Claim(event, mechanism.target_delta, epsilon([event], mechanism.target_delta)))
 
 
 def received(

@@ -37,6 +37,8 @@ class PrivacyFloor:
         max_epsilon: Largest epsilon of a run, or None for any.
         max_delta: Largest delta of a run, or None for any.
         secagg: Whether the coordinator may see sums of updates only; no update by itself leaves then.
+        total_epsilon: Largest epsilon of all runs in the site's ledger together, or None for any. Only example-dp adds up.
+        total_delta: The delta of that; None for max_delta.
     """
 
     mode_at_least: str = "none"
@@ -44,6 +46,8 @@ class PrivacyFloor:
     max_epsilon: float | None = None
     max_delta: float | None = None
     secagg: bool = False
+    total_epsilon: float | None = None
+    total_delta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,12 @@ def read(path: Path | None) -> Policy:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, got a {type(tree).__name__}. See deploy/policy.yaml.")
     policy: Policy = _parsed(Policy, tree, str(path), "")
+    floor = policy.privacy
+    if floor.total_epsilon is not None and not 0 < (floor.total_delta or floor.max_delta or 0) < 1:
+        raise ConfigError(
+            f"{path}: privacy.total_epsilon: expected privacy.total_delta < 1 beside it, the delta of that epsilon, or "
+            "privacy.max_delta. Set one, such as 1e-5."
+        )
     return replace(policy, source=str(path))
 
 
@@ -262,7 +272,7 @@ def _parsed(kind: Any, tree: Mapping[Any, Any], where: str, prefix: str) -> Any:
 
 
 def _setting(key: str, value: Any, default: Any, where: str) -> Any:
-    """One value of the policy file, of the type of its default; `max_epsilon` and `max_delta` are positive numbers."""
+    """One value of the policy file, of the type of its default; every epsilon and delta is a positive number."""
     choices = _CHOICES.get(key)
     expected, fits = "", False
     if isinstance(default, tuple):
@@ -361,6 +371,11 @@ def _too_open(policy: Policy, terms: Mapping[str, Any]) -> Iterator[str]:
     if floor.secagg and task.get("privacy.secagg") is not True:
         got = shown(task.get("privacy.secagg"))
         yield _refused(policy, "privacy.secagg", "privacy.secagg=true", got, "secure aggregation")
+    if mode == "example-dp" and task.get("privacy.epsilon") is None:
+        yield expected_got("terms.task: privacy.epsilon", "the budget of the run, as the site enforces it", None)
+    if floor.total_epsilon is not None and mode != "example-dp":
+        limit = "example-dp, which alone can be added up"
+        yield _refused(policy, "privacy.total_epsilon", limit, shown(mode), "privacy.mode=example-dp")
     for name, most in (("epsilon", floor.max_epsilon), ("delta", floor.max_delta)):
         value = task.get(f"privacy.{name}") if mode != "none" else None
         if most is not None and (value is None or not 0 <= value <= most):

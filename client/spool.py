@@ -34,6 +34,7 @@ class Finished:
         version: Of that release: what the client holds now.
         update: The encoded update.
         state: Name -> content of the client's state after it.
+        charge: The line of the site's privacy ledger that paid for it; None where nothing is private.
     """
 
     round: int
@@ -41,6 +42,7 @@ class Finished:
     version: int
     update: Blob
     state: Mapping[str, bytes]
+    charge: Head | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Spool:
             "parent": finished.parent,
             "version": finished.version,
             "sha256": hashes,
+            "charge": finished.charge and [finished.charge.n, finished.charge.hash],
         }
         write_folder(folder, files | {_META: json.dumps(meta).encode()})
         for older in self.root.glob("finished-*"):
@@ -139,7 +142,8 @@ class Spool:
             update = contents.pop(_UPDATE)
             state = {name.removeprefix("state/"): content for name, content in contents.items()}
             blob = Blob(meta["sha256"][_UPDATE], len(update), folder / _UPDATE)
-            return Finished(meta["round"], meta["parent"], meta["version"], blob, state)
+            charge = meta.get("charge") and Head(*meta["charge"])
+            return Finished(meta["round"], meta["parent"], meta["version"], blob, state, charge)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{folder}: expected the last finished update, got {error}. Remove that folder; its round is trained again."
@@ -210,6 +214,23 @@ def clear_others(folder: Path, run_id: str) -> None:
     for trained in folder.glob(f"*/{_TRAINED}"):
         if trained.parent.name != run_id:
             Spool(trained.parent).clear()
+
+
+def charged_heads(folder: Path) -> list[Head]:
+    """The lines of the site's privacy ledger that paid for the updates that are kept, of any run.
+
+    Args:
+        folder: With a folder a run.
+
+    Returns:
+        Them; an update that cannot be read is left out, as it is not sent either.
+    """
+    found = []
+    for path in sorted(folder.glob(f"*/finished-*/{_META}")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            number, digest = json.loads(path.read_text())["charge"]
+            found.append(Head(int(number), str(digest)))
+    return found
 
 
 def newest(folder: Path) -> tuple[str, int]:

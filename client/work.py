@@ -6,8 +6,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lamina.protos.errors import BudgetSpent
 from lamina.protos.messages import Instruction, Wish
+from lamina.protos.privacy.events import Event
 from lamina.protos.spec import AdapterSpec
+
+# Asks the site's ledger for leave to do what an event says; gives the epsilon of the run after it, or raises `BudgetSpent`.
+Allow = Callable[[Event], float]
+
+
+def nothing_private(event: Event) -> float:
+    """The `Allow` of a run without example-dp, in which there is nothing to charge.
+
+    Args:
+        event: Any.
+
+    Returns:
+        Nothing: there is no account.
+
+    Raises:
+        BudgetSpent: Always.
+    """
+    raise BudgetSpent(f"round {event.round}: expected no private mechanism in this run, got one.")
 
 
 @dataclass(frozen=True)
@@ -17,10 +37,12 @@ class Trained:
     Attributes:
         update: The encoded update.
         state: The client's state after it, by file name.
+        event: What the private mechanism did for it, under example-dp; None otherwise.
     """
 
     update: bytes
     state: Mapping[str, bytes]
+    event: Event | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +69,8 @@ class Worker(Protocol):
         """Load what a run needs and take up the client's state."""
         ...
 
-    def train(self, instruction: Instruction, progress: Callable[[int], None]) -> Trained:
-        """Train from a release; `progress` may raise."""
+    def train(self, instruction: Instruction, progress: Callable[[int], None], allow: Allow) -> Trained:
+        """Train from a release; `progress` may raise. Under example-dp `allow` is asked before anything is trained."""
         ...
 
     def measure(self, instruction: Instruction) -> Mapping[str, float]:

@@ -42,7 +42,7 @@ from lamina.client.sizing.fitting import (
 from lamina.client.sizing.importance import check_public, chosen_ranks
 from lamina.client.sizing.planner import SHARE, Plan, Wanted
 from lamina.client.sizing.probed import remembered
-from lamina.client.work import Sized, Trained
+from lamina.client.work import Allow, Sized, Trained
 from lamina.protos import compose
 from lamina.protos.adapter import Adapter
 from lamina.protos.allocator import give_back
@@ -253,12 +253,13 @@ class SiteWorker:
             self._say(f"{len(found.train)} training examples, {len(found.held_out)} held out")
         return self._data[1]
 
-    def train(self, instruction: Instruction, progress: Callable[[int], None]) -> Trained:
+    def train(self, instruction: Instruction, progress: Callable[[int], None], allow: Allow) -> Trained:
         """Train from a release.
 
         Args:
             instruction: With the release's files.
             progress: Told each step; may raise.
+            allow: Asked for leave before anything is trained under example-dp.
 
         Returns:
             The encoded update and the state after it.
@@ -268,6 +269,9 @@ class SiteWorker:
         """
         run, base = self._begun()
         self._look_again(run)
+        private = run.site.private
+        event = None if private is None else private.mechanism.event(run.site.client_id, instruction.round)
+        spent = None if event is None else allow(event)
 
         took = 0
 
@@ -275,7 +279,8 @@ class SiteWorker:
             nonlocal took
             took = self._tell_peak(update, base)
             metrics, num_examples = policies.leaving(self._policy, update.metrics, update.num_examples)
-            return replace(update, metrics=metrics, num_examples=num_examples)
+            told = update.privacy if spent is None else {**(update.privacy or {}), "epsilon": spent}
+            return replace(update, metrics=metrics, num_examples=num_examples, privacy=told)
 
         try:
             reply, after = respond(
@@ -294,7 +299,7 @@ class SiteWorker:
             raise AdapterMismatch("expected an update, got none.")
         self._state = after
         self._shared = {} if after.frozen is None else {after.frozen.digest: after.frozen}
-        return Trained(reply.update.read(), saved(after))
+        return Trained(reply.update.read(), saved(after), event)
 
     def _look_again(self, run: _Run) -> None:
         """A smaller plan where less is free by now than when it was made."""

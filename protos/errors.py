@@ -10,6 +10,7 @@
       TrainingError             2  training that produced non-finite values
       QuorumNotReached          3  too few updates before the deadline
         SecureSumAborted        3  an attempt at a secure sum that cannot be finished; nothing of it is known
+      BudgetSpent               4  a privacy budget that does not allow a step, or of which nobody knows what is spent
       IdentityError             5  a certificate, key, signature or invite that is not trusted
       PolicyRefused             5  terms or an instruction that a site's own policy does not allow
       SecureSumRefused          5  a secure sum that a site takes no part in, or no further part
@@ -81,6 +82,12 @@ class QuorumNotReached(LaminaError):
 
 class SecureSumAborted(QuorumNotReached):
     """An attempt at a secure sum that cannot be finished: too few are left, or what came back is no sum of what was asked."""
+
+
+class BudgetSpent(LaminaError):
+    """A private mechanism that may not run: its cost would exceed a budget, or what was spent before cannot be told."""
+
+    exit_code = 4
 
 
 class IdentityError(LaminaError):

@@ -1,7 +1,7 @@
 """Untrusted bytes to an update, or the reason why not. Every check on what a client sends is here.
 
 Reasons: `too-large`, `malformed`, `wrong-run`, `wrong-round`, `wrong-client`, `wrong-parent`, `duplicate`, `schema`,
-`rank`, `non-finite`, `weight`, `norm`, `failed`.
+`rank`, `non-finite`, `weight`, `norm`, `privacy`, `failed`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lamina.protos.messages import Budget, Trainable, Update
 from lamina.protos.ranks import numbers
 from lamina.protos.sides import filled
 from lamina.protos.spec import AdapterSpec
+from lamina.server.spending import Promise, check_claim
 from lamina.strategies.factors import change
 
 HEADER_BYTES = 1024**2
@@ -43,6 +44,7 @@ class Expected:
         received: The trainable part of its release as the client has it.
         max_norm: Largest Frobenius norm of the whole change, or None.
         train: The factors that it was to train and send.
+        promise: Of privacy, which its claim must keep, or None.
     """
 
     run_id: str
@@ -54,6 +56,7 @@ class Expected:
     received: Adapter
     max_norm: float | None = None
     train: Trainable = "AB"
+    promise: Promise | None = None
 
 
 def size_cap_bytes(spec: AdapterSpec, budget: Budget, train: Trainable = "AB") -> int:
@@ -102,6 +105,8 @@ def admit(payload: Blob, expected: Expected, seen: Container[str]) -> Update:
         raise UpdateRejected(
             "weight", f"{where}: expected 1 <= num_examples <= {MAX_EXAMPLES}, got {update.num_examples}."
         )
+    if expected.promise is not None:
+        check_claim(expected.promise, update)
     _check_adapter(update.adapter, expected, where)
     return update
 

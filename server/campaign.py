@@ -18,6 +18,7 @@ from lamina.protos.secagg.context import LEAST
 from lamina.protos.secagg.coordinates import Rule
 from lamina.protos.spec import AdapterSpec
 from lamina.server import privacy
+from lamina.server.spending import Promise, promise_of
 from lamina.strategies import Options, Strategy, build
 
 
@@ -50,6 +51,7 @@ class Campaign:
         streams: Where the coordinator's private randomness comes from.
         masking: How changes are weighed and encoded where only their sum is seen, or None.
         wait_s: Longest wait for a step of such a sum.
+        promise: Of privacy, or None.
     """
 
     run_id: str
@@ -71,6 +73,7 @@ class Campaign:
     streams: privacy.Streams = secret_streams
     masking: Rule | None = None
     wait_s: float | None = None
+    promise: Promise | None = None
 
     def present(self, round_number: int) -> Mapping[str, Budget]:
         """The clients that have joined by a round, where all were known before the run."""
@@ -231,6 +234,7 @@ def campaign(
         streams=streams,
         masking=masking(config),
         wait_s=config.privacy.secagg_wait_s,
+        promise=promise_of(config),
     )
 
 

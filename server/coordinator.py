@@ -25,6 +25,7 @@ from lamina.protos.files import alone, sha256
 from lamina.protos.link import check_exposed
 from lamina.protos.logs import Log
 from lamina.protos.messages import Reply
+from lamina.server import spending
 from lamina.server.finish import Run as Finished
 from lamina.server.finish import summarise, write_results
 from lamina.server.measuring import Measuring
@@ -132,7 +133,17 @@ def _run(opened: Opened, log: Log, metrics: Metrics, started: float, leave: thre
     def announced(completed: Completed) -> None:
         metrics.completed(completed.record)
         record = completed.record
-        shown = ("round", "clients", "loss", "train_loss", "bytes_up", "bytes_down", "relative_error", "seconds")
+        shown = (
+            "round",
+            "clients",
+            "loss",
+            "train_loss",
+            "bytes_up",
+            "bytes_down",
+            "relative_error",
+            "seconds",
+            "epsilon",
+        )
         log("round", **{key: record[key] for key in shown}, rejections=len(record["rejections"]) or None)
 
     store = replace(run.store, completed=announced)
@@ -199,7 +210,8 @@ def _finish(
         "log": {"n": head.n, "hash": head.hash},
     }
     names = {client: client for client in budgets}
-    finished = Finished(run.campaign.run_id, names, budgets, "release", run.campaign.spec, why, deployment)
+    told = spending.document(run.campaign.promise, state.privacy_history)
+    finished = Finished(run.campaign.run_id, names, budgets, "release", run.campaign.spec, told, why, deployment)
     summary = summarise(run.config, finished, path, figures, {"total": seconds, "base": 0.0})
     with run.live.files:
         shutil.rmtree(path / "latest", ignore_errors=True)

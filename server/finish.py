@@ -32,6 +32,7 @@ class Run:
         view: Of the held-out figures: `exported`, the global adapter on the full-precision base, or `release`, what each
             client itself received.
         spec: The schema, for what the base was.
+        privacy: What `server.spending.document` says, or None.
         ended: `finished`, or `stopped` by an operator.
         deployment: What only a deployment has: `coordinator`, `consortium`, `gone` (site -> why it is not in the run at its
             end), `log` (`n` and `hash` of the last record).
@@ -42,6 +43,7 @@ class Run:
     budgets: Mapping[str, Budget]
     view: str
     spec: AdapterSpec
+    privacy: Mapping[str, Any] | None = None
     ended: str = "finished"
     deployment: Mapping[str, Any] = field(default_factory=dict)
 
@@ -95,7 +97,7 @@ def summarise(
             "relative_error": max((record["relative_error"] for record in records), default=0.0),
             "release_error": max((record["release_error"] for record in records), default=0.0),
         },
-        "privacy": None,
+        "privacy": run.privacy,
         "rejections": sum(len(record["rejections"]) for record in records),
         "seconds": {
             "total": clock["total"],

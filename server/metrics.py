@@ -24,6 +24,9 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self._round = Gauge("lamina_round", "Last completed round", registry=self.registry)
         self._loss = Gauge("lamina_held_out_loss", "Held-out loss after it, nats a token", registry=self.registry)
+        self._epsilon = Gauge(
+            "lamina_privacy_epsilon", "Worst client's epsilon so far, 0 without privacy", registry=self.registry
+        )
         self._seconds = Histogram(
             "lamina_round_seconds",
             "Duration of a round",
@@ -42,6 +45,8 @@ class Metrics:
         self._round.set(record["round"])
         if record["loss"] is not None:
             self._loss.set(record["loss"])
+        if record["epsilon"] is not None:
+            self._epsilon.set(record["epsilon"])
         self._seconds.observe(record["seconds"])
         self._up.inc(record["bytes_up"])
         self._down.inc(record["bytes_down"])

@@ -175,6 +175,9 @@ def _stand(found: Any) -> str:
     said = [f"round {found['round']} of {found['rounds']}" if opened else _done(found)]
     if found["loss"] is not None:
         said.append(f"held-out loss {found['loss']:.4f}")
+    if private := found.get("privacy"):
+        of = "" if private["budget"] is None else f" of {private['budget']:g}, {private['remaining']:.3g} left"
+        said.append(f"epsilon {private['epsilon']:.3g}{of} (worst client, delta {private['delta']:g})")
     if opened:
         said.append(f"{_rejections(found['rejections'])} in this round")
     return f"run {found['run_id']}: {found['state']}, {', '.join(said)}"
@@ -235,7 +238,8 @@ def watched(document: Any, before: Any = None) -> str:
         return shown(document["status"], before)
     record = document["record"]
     loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
+    spent = "" if record.get("epsilon") is None else f", epsilon {record['epsilon']:.3g}"
     return (
         f"round {record['round']}: loss {loss}, {len(record['clients'])} of {len(record['asked'])} clients, "
-        f"{_rejections(len(record['rejections']))}, {record['bytes_up'] / 1e6:.1f} MB up, {record['seconds']:.1f} s"
+        f"{_rejections(len(record['rejections']))}, {record['bytes_up'] / 1e6:.1f} MB up, {record['seconds']:.1f} s{spent}"
     )

@@ -21,7 +21,7 @@ from lamina.protos import seeds
 from lamina.protos.errors import ConfigError, QuorumNotReached, SecureSumAborted, UpdateRejected
 from lamina.protos.messages import Budget, Rejection, Release, Reply, Update
 from lamina.protos.sides import Side
-from lamina.server import admission, secure, selection
+from lamina.server import admission, secure, selection, spending
 from lamina.server.campaign import Campaign
 from lamina.server.channel import Channel, Sums
 from lamina.server.releases import Sent, holding, release_errors, released, started, trained
@@ -148,6 +148,7 @@ def _step(
     updates, releases = _updates(campaign, state, sent, collected)
     began = time.monotonic()
     after = campaign.strategy.step(state, updates, releases, seeds.stream(campaign.seed, "step", round_open.round))
+    after = replace(after, privacy_history=(*after.privacy_history, *spending.charges(campaign.promise, updates)))
     train_losses = _claimed(updates, "train_loss")
     record = {
         "round": round_open.round,
@@ -165,7 +166,7 @@ def _step(
         "seconds_collect": collected.seconds,
         "seconds_aggregate": time.monotonic() - began,
         "seconds_train": sum(_claimed(updates, "seconds")),
-        "epsilon": None,
+        "epsilon": spending.worst_so_far(campaign.promise, after.privacy_history),
     }
     now_held = dict(held) | {client: sent[client].instruction.version for client in collected.clients}
     weights = client_weights(updates, campaign.weighting) if updates else {}
@@ -348,4 +349,5 @@ def _expected(campaign: Campaign, sent: Sent) -> admission.Expected:
         received=started(campaign, sent).trainable,
         max_norm=campaign.max_norm,
         train=sent.instruction.train,
+        promise=campaign.promise,
     )

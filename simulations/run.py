@@ -19,6 +19,7 @@ from lamina.protos.errors import ConfigError
 from lamina.protos.files import write_json
 from lamina.protos.privacy.noise import seeded
 from lamina.server import campaign as campaigns
+from lamina.server import spending
 from lamina.server.finish import Run, summarise, write_results
 from lamina.server.rounds import Loop
 from lamina.server.rounds import run as run_rounds
@@ -111,7 +112,8 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
     final = latest.get(state.round) or engine.evaluate(prepared, state.adapter, config, f"round {state.round}")
     baselines = measure_baselines(config, prepared, found, base_figures, watcher.say)
     clock = {"total": time.monotonic() - started, "base": base_seconds}
-    run = Run(campaign.run_id, prepared.names, found, "exported", prepared.base.spec)
+    private = spending.document(campaign.promise, state.privacy_history)
+    run = Run(campaign.run_id, prepared.names, found, "exported", prepared.base.spec, private)
     summary = summarise(config, run, path, (base_figures, final), clock)
     summary |= {"baselines": baselines, "corpus": dict(prepared.corpus)}
     if chosen is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -46,14 +46,14 @@ class ServerState:
         round: Rounds completed; also the version of the next release.
         adapter: The global adapter G. Low-rank factors are float32; dense parameters are absolute values.
         optimizer: Further adapters that a strategy keeps, by name.
-        privacy_history: Events for the accountant.
+        privacy_history: What private mechanisms did, one event each; a step keeps what is there.
         report: What the last step did, by layer.
     """
 
     round: int
     adapter: Adapter
     optimizer: Mapping[str, Adapter] = field(default_factory=dict)
-    privacy_history: tuple[Mapping[str, float], ...] = ()
+    privacy_history: tuple[Mapping[str, Any], ...] = ()
     report: Mapping[str, LayerReport] = field(default_factory=dict)
 
     @property

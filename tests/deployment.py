@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import numpy as np
 from lamina.client.agent import Agent
 from lamina.client.listening import Settings
 from lamina.client.policy import Policy
-from lamina.client.work import Sized, Trained
+from lamina.client.work import Allow, Sized, Trained
 from lamina.protos import compose, seeds
 from lamina.protos import identity as identities
 from lamina.protos.adapter import Adapter, LoraFactors
@@ -37,6 +37,7 @@ from lamina.protos.config import Config
 from lamina.protos.link import Address
 from lamina.protos.logs import json_log
 from lamina.protos.messages import Budget, Instruction, Reply, Update, Wish
+from lamina.protos.privacy.events import Claim, Event, to_claim
 from lamina.protos.sides import one_side, whole
 from lamina.protos.spec import AdapterSpec
 from lamina.protos.statements import budget_of
@@ -148,7 +149,7 @@ class Synthetic:
     def begin(self, terms: Mapping[str, Any], spec: AdapterSpec, state: Mapping[str, bytes], version: int) -> None:
         self.spec, self.budget, self.seed = spec, budget_of(terms["budget"]), int(terms["task"]["seed"])
 
-    def train(self, instruction: Instruction, progress: Callable[[int], None]) -> Trained:
+    def train(self, instruction: Instruction, progress: Callable[[int], None], allow: Allow) -> Trained:
         self.trained.append(instruction.round)
         for step in range(1, self.steps + 1):
             time.sleep(self.step_s)
@@ -160,6 +161,50 @@ class Synthetic:
         return {"nats": 20.0 / (1 + instruction.round), "targets": 10.0, "hits": 0.0}
 
 
+@dataclass
+class Noisy(Synthetic):
+    """A worker under example-dp: fresh noise in each training, so that no two updates have the same bytes.
+
+    Attributes:
+        noise_multiplier: Of its mechanism.
+        sample_rate: Of its mechanism.
+        asks: Whether it asks for leave before it trains.
+        made: SHA-256 of the updates that it made, in order.
+    """
+
+    noise_multiplier: float = 1.0
+    sample_rate: float = 0.1
+    asks: bool = True
+    made: list[str] = field(default_factory=list)
+
+    def begin(self, terms: Mapping[str, Any], spec: AdapterSpec, state: Mapping[str, bytes], version: int) -> None:
+        super().begin(terms, spec, state, version)
+        self.task = terms["task"]
+
+    def event(self, round_number: int) -> Event:
+        steps, clip = int(self.task["train.local_steps"]), float(self.task["train.max_grad_norm"])
+        return Event(self.name, round_number, self.noise_multiplier, self.sample_rate, steps, clip)
+
+    def train(self, instruction: Instruction, progress: Callable[[int], None], allow: Allow) -> Trained:
+        event = self.event(instruction.round)
+        spent = allow(event) if self.asks else 0.0
+        self.trained.append(instruction.round)
+        for step in range(1, self.steps + 1):
+            time.sleep(self.step_s)
+            progress(step)
+        update = trained(self.name, self.seed, self.budget, self.spec, instruction)
+        noise = np.random.default_rng(int.from_bytes(os.urandom(8), "big"))
+        lora = {
+            module: LoraFactors(one.A, one.B + noise.normal(size=one.B.shape).astype(np.float32) * 0.01, one.scale)
+            for module, one in update.adapter.lora.items()
+        }
+        claim = to_claim(Claim(event, self.task["privacy.delta"], spent))
+        private = replace(update, adapter=Adapter(lora, update.adapter.dense), metrics={}, privacy=claim)
+        encoded = encode_update(self.change(private), "fp32")
+        self.made.append(blob(encoded).sha256)
+        return Trained(encoded, {}, event)
+
+
 def agent(
     name: str,
     port: int,
@@ -168,12 +213,14 @@ def agent(
     clock: Clock = SYSTEM,
     worker: Synthetic | None = None,
     log: Callable[..., None] = lambda event, **fields: None,
+    policy: Policy | None = None,
     **more: Any,
 ) -> Agent:
     """An agent in this process."""
     who = None if identity is None else identities.load(identity)
     address = Address(f"127.0.0.1:{port}", who, name)
-    return Agent(Settings(address, Policy(), folder, **more), worker or Synthetic(name), clock, log)
+    settings = Settings(address, policy or Policy(), folder, **more)
+    return Agent(settings, worker or Synthetic(name), clock, log)
 
 
 def free_port() -> int:
@@ -384,7 +431,8 @@ def final(path: Path) -> Adapter:
 def main(arguments: Sequence[str]) -> int:
     settings = json.loads(arguments[1])
     identity = Path(settings["identity"]) if settings["identity"] else None
-    worker = Synthetic(settings["name"], settings["step_s"], settings["steps"])
+    kind = Noisy if settings.get("private") else Synthetic
+    worker = kind(settings["name"], settings["step_s"], settings["steps"])
     log = json_log(SYSTEM.now)
     one = agent(settings["name"], settings["port"], Path(settings["folder"]), identity, worker=worker, log=log)
     return one.run()

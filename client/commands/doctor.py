@@ -22,9 +22,9 @@ usage: lamina doctor [identity=DIR] [coordinator=HOST:PORT] [policy=FILE] [state
 
 Looks at Python, packages, devices and the state folder, and at whatever is named: certificates and keys, the consortium's list
 of revoked certificates (default: crl.pem in identity if it is there), the way to a coordinator with its certificate and clock,
-the site's policy, a port to listen on, a base model, a site's text, a coordinator's schema. config= is the settings file of a
-site or a coordinator, and looks at all that it names. Each line is ok, warn or FAIL and says what to do. Nothing is changed,
-nothing is sent but handshakes and a sign of life.
+the site's policy, a port to listen on, a base model, a site's text, a coordinator's schema. Of a privacy ledger in the state
+folder it says what was spent. config= is the settings file of a site or a coordinator, and looks at all that it names. Each line
+is ok, warn or FAIL and says what to do. Nothing is changed, nothing is sent but handshakes and a sign of life.
 
 examples:
   lamina doctor
@@ -102,7 +102,9 @@ def looked_at(settings: Mapping[str, str]) -> Iterator[Line]:
     yield from doctor.python()
     yield from doctor.packages()
     yield from doctor.devices()
-    yield from doctor.state(Path(settings["state"] or ClientConfig().state))
+    state = Path(settings["state"] or ClientConfig().state)
+    yield from doctor.state(state)
+    yield from doctor_files.ledger(state, Path(settings["policy"]) if settings["policy"] else None)
     if settings["policy"]:
         yield from doctor_files.policy(Path(settings["policy"]))
     if settings["data"]:

@@ -31,11 +31,13 @@ _ROUND = {
     "per_client_loss.*",
 }
 _SUMMARY = {
-    "an object": "eval eval.per_client eval.per_client.* communication aggregation privacy seconds baselines "
+    "an object": "eval eval.per_client eval.per_client.* communication aggregation privacy privacy.per_client seconds baselines "
     "baselines.* client_ranks corpus versions base gone log",
     "a string": "run_id strategy eval.view eval.per_client.*.name ended ended_at coordinator consortium base.* gone.* "
+    "privacy.mode privacy.unit privacy.accountant "
     "log.hash",
     "a number": "log.n rounds clients seed rejections communication.* aggregation.* seconds.* privacy.epsilon privacy.delta "
+    "privacy.epsilon_rdp privacy.budget privacy.per_client.* "
     "eval.base_loss eval.final_loss eval.base_accuracy eval.final_accuracy eval.per_client.*.base_loss "
     "eval.per_client.*.final_loss eval.per_client.*.base_accuracy eval.per_client.*.final_accuracy "
     "eval.per_client.*.tokens client_ranks.* baselines.*.loss",

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lamina.server.pages import clients, layers, losses
+from lamina.server.pages import clients, layers, losses, privacy
 from lamina.server.pages.charts import Axis, Series, escape, line_chart, signed, usable
 from lamina.server.pages.loading import Run
 from lamina.server.pages.tables import change, count, duration, num, pair, perplexities, section, size, table, tiles
@@ -47,7 +47,7 @@ def body(run: Run) -> str:
         '<header><div class="muted">Lamina run report</div>'
         f"<h1>{strategy}, {rounds}, {cohort}</h1>"
         f'<div class="muted">{where}</div><p class="lede">{_lede(run)}</p>{_course(run)}</header>'
-        f"{_headline(run)}{losses.of_run(run)}{clients.before_and_after(run)}"
+        f"{_headline(run)}{losses.of_run(run)}{clients.before_and_after(run)}{privacy.of_run(run)}"
         f"{pair(_errors(run), layers.heat(modules))}{layers.spectra(modules)}"
         f"{_talks(run)}{_rejections(run)}{_details(run)}{_provenance(run)}"
     )
@@ -129,9 +129,10 @@ def _headline(run: Run) -> str:
     ]
     if get("privacy"):
         spent = [r["epsilon"] for r in run.rounds if usable(r.get("epsilon"))]
-        budget = max(spent, default=None) if get("privacy.epsilon") is None else get("privacy.epsilon")
+        cost = max(spent, default=None) if get("privacy.epsilon") is None else get("privacy.epsilon")
+        of = f" of {num(get('privacy.budget'), 2)}" if usable(get("privacy.budget")) else ""
         how = ", ".join(escape(part) for key in ("mode", "unit", "accountant") if (part := get(f"privacy.{key}")))
-        rows.append(("Privacy", f"ε = {num(budget, 2)}", f"at δ = {num(get('privacy.delta'), 6)}; {how}"))
+        rows.append(("Privacy", f"ε = {num(cost, 2)}{of}", f"at δ = {num(get('privacy.delta'), 6)}; {how}"))
     return tiles(rows, "figures" if len(rows) % 4 == 0 or len(rows) % 3 else "figures by3")
 
 

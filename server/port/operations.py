@@ -180,11 +180,22 @@ def status(run: Run) -> dict[str, Any]:
         "clients_to_start": run.config.clients.start or run.config.clients.count,
         "rounds_done": records[-1]["round"] if records else 0,
         "loss": records[-1]["loss"] if records else None,
+        "privacy": _privacy(run, records[-1]["epsilon"] if records else 0.0),
         "clients": clients,
         "rejections": run.store.db.rows("SELECT coalesce(sum(times), 0) FROM rejections WHERE round = ?", number)[0][0],
         "log": {"n": head.n, "hash": head.hash},
         "revocations": run.access.fault or "in force",
     }
+
+
+def _privacy(run: Run, epsilon: float) -> dict[str, Any] | None:
+    """What was promised and what is spent; None without privacy."""
+    promise = run.campaign.promise
+    if promise is None:
+        return None
+    remaining = None if promise.budget is None else max(0.0, promise.budget - epsilon)
+    told = {"mode": promise.mode, "unit": promise.unit, "delta": promise.target_delta, "epsilon": epsilon}
+    return told | {"budget": promise.budget, "remaining": remaining}
 
 
 def _state(run: Run, number: int) -> str:

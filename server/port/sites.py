@@ -25,7 +25,7 @@ from lamina.server.port.uploads import Uploads
 _DOWNLOAD_BYTES, _LEAST_PART_BYTES = 16 * 1024**2, 64 * 1024
 _OUT_OF_TURN = grpc.StatusCode.FAILED_PRECONDITION
 _FAILURES = (
-    "out-of-memory", "training", "release", "policy", "data", "disk", "held-version", "base", "internal",
+    "out-of-memory", "training", "release", "policy", "privacy", "data", "disk", "held-version", "base", "internal",
 )  # fmt: skip
 
 

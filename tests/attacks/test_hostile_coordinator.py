@@ -22,7 +22,7 @@ from lamina.client.agent import Agent
 from lamina.client.listening import Settings
 from lamina.client.policy import Policy
 from lamina.client.spool import Spool
-from lamina.client.work import Trained
+from lamina.client.work import Allow, Trained
 from lamina.protos import coordinator_pb2 as pb
 from lamina.protos.chain import Head
 from lamina.protos.clock import SYSTEM, Clock
@@ -142,15 +142,16 @@ class Site:
         liar: Whom it works for.
         folder: Its state.
         policy: What it allows.
+        worker: What trains.
     """
 
     liar: Liar
     folder: Path
     policy: Policy = field(default_factory=Policy)
+    worker: Synthetic = field(default_factory=lambda: Noted("north"))
     events: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
 
     def __enter__(self) -> Self:
-        self.worker = Noted("north")
         settings = Settings(Address(f"127.0.0.1:{self.liar.port}", None, "north"), self.policy, self.folder, stay=True)
         self.agent = Agent(settings, self.worker, FAST, lambda event, **said: self.events.append((event, said)))
         self.thread, self.outcome = deployment.in_thread(self.agent)
@@ -188,7 +189,7 @@ class Site:
 class Noted(Synthetic):
     """Trains nothing."""
 
-    def train(self, instruction: Instruction, progress: Callable[[int], None]) -> Trained:
+    def train(self, instruction: Instruction, progress: Callable[[int], None], allow: Allow) -> Trained:
         self.trained.append(instruction.round)
         return Trained(b"update", {})
 

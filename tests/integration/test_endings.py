@@ -24,10 +24,10 @@ class Held(deployment.Synthetic):
 
     gate: threading.Event = field(default_factory=threading.Event)
 
-    def train(self, instruction: Any, progress: Any) -> Any:
+    def train(self, instruction: Any, progress: Any, allow: Any) -> Any:
         while instruction.round == 2 and not self.gate.wait(0.05):
             progress(1)
-        return super().train(instruction, progress)
+        return super().train(instruction, progress, allow)
 
 
 def test_a_stopped_run_says_so_and_who_was_not_there(tmp_path: Path) -> None:

@@ -315,7 +315,7 @@ def test_a_site_trains_with_secret_noise_and_tells_no_figures(tmp_path: Path) ->
     said: list[str] = []
     site, train, measure = worker(tmp_path, "privacy.nominal_examples=60", said=said)
     assert any(text.startswith("privacy: example-dp by record, sample rate 0.0667") for text in said)
-    first, again = (decode_update(site.train(train, lambda step: None).update) for _ in range(2))
+    first, again = (decode_update(site.train(train, lambda step: None, lambda event: 2.0).update) for _ in range(2))
     assert (first.num_examples, first.metrics) == (60, {})
     assert first.privacy is not None
     assert first.privacy["epsilon"] < 8

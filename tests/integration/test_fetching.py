@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from lamina.client.work import Trained
+from lamina.client.work import Allow, Trained
 from lamina.protos import coordinator_pb2 as pb
 from lamina.protos.clock import SYSTEM
 from lamina.protos.errors import LaminaError
@@ -119,9 +119,9 @@ class Held(Synthetic):
 
     go: threading.Event = field(default_factory=threading.Event)
 
-    def train(self, instruction: Instruction, progress: Any) -> Trained:
+    def train(self, instruction: Instruction, progress: Any, allow: Allow) -> Trained:
         assert instruction.round < 2 or self.go.wait(60)
-        return super().train(instruction, progress)
+        return super().train(instruction, progress, allow)
 
 
 def test_a_run_that_goes_on_after_its_end_has_no_results_until_the_next(tmp_path: Path, given: list[str]) -> None:

@@ -19,7 +19,7 @@ from lamina.client.policy import Leave, Policy
 from lamina.client.sizing import fitting, planner
 from lamina.client.sizing.planner import NothingFits, Plan
 from lamina.client.sizing.shape import shape_of
-from lamina.client.work import Sized
+from lamina.client.work import Sized, nothing_private
 from lamina.client.worker import SiteWorker
 from lamina.protos import compose, ranks
 from lamina.protos.blobs import blob
@@ -100,7 +100,7 @@ def trained(one: SiteWorker, schema: AdapterSpec, sized: Sized, *more: str) -> d
     """Begin, train a round, and give the update's ranks and all that was sent."""
     told = offered(schema, *more, chosen=sized.kept["ranks"])
     one.begin(told, schema, {}, -1)
-    found = one.train(instruction(schema), lambda step: None)
+    found = one.train(instruction(schema), lambda step: None, nothing_private)
     update = decode(found.update)
     return {module: factors.rank for module, factors in update.lora.items()}
 
@@ -145,7 +145,7 @@ def test_norms_are_planned_registered_and_trained_without_ranks(rows: Any) -> No
     assert again.size(offered(schema, *words), schema, json.loads(json.dumps(sized.kept))).kept == sized.kept
     told = offered(schema, *words, chosen={})
     one.begin(told, schema, {}, -1)
-    update = decode(one.train(instruction(schema), lambda step: None).update)
+    update = decode(one.train(instruction(schema), lambda step: None, nothing_private).update)
     assert set(update.lora) == set()
     assert all(not np.array_equal(update.dense[name], first) for name, first in schema.dense.items())
     with pytest.raises(NothingFits, match="the norms trained whole"):
@@ -286,14 +286,14 @@ def test_after_running_out_of_memory_the_next_round_takes_less(
     honest: Callable[..., Any] = participant.respond
     monkeypatch.setattr(module, "respond", full)
     with pytest.raises(MemoryError) as caught:
-        one.train(instruction(schema), lambda step: None)
+        one.train(instruction(schema), lambda step: None, nothing_private)
     assert failure_code(caught.value) == "out-of-memory"
     after = plan_of(one)
     assert after.peak_bytes <= 0.8 * before.peak_bytes
     assert (after.rank, after.format, after.max_length) == (before.rank, before.format, before.max_length)
     assert after.micro_batch * after.accumulation == before.micro_batch * before.accumulation
     monkeypatch.setattr(module, "respond", honest)
-    found = decode(one.train(instruction(schema), lambda step: None).update)
+    found = decode(one.train(instruction(schema), lambda step: None, nothing_private).update)
     assert {name: factors.rank for name, factors in found.lora.items()} == sized.kept["ranks"]
 
 
@@ -305,7 +305,7 @@ def test_after_a_round_that_took_more_than_there_is_the_next_takes_less(
     one.begin(offered(schema), schema, {}, -1)
     before = plan_of(one)
     monkeypatch.setattr(resident, "peak", lambda device: 2 * before.budget_bytes)
-    one.train(instruction(schema), lambda step: None)
+    one.train(instruction(schema), lambda step: None, nothing_private)
     after = plan_of(one)
     assert after.peak_bytes < before.peak_bytes
     assert after.micro_batch == 1  # the least there is, as half of this base does not fit
@@ -326,7 +326,7 @@ def test_an_error_that_is_not_about_memory_stays_what_it_is(
 
     monkeypatch.setattr(module, "respond", broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        one.train(instruction(schema), lambda step: None)
+        one.train(instruction(schema), lambda step: None, nothing_private)
 
 
 def test_where_less_is_free_at_a_round_than_was_planned_with_the_plan_shrinks(
@@ -340,7 +340,7 @@ def test_where_less_is_free_at_a_round_than_was_planned_with_the_plan_shrinks(
     held = one._imports + one._fit.held + int(0.9 * before.peak_bytes)
     monkeypatch.setattr(module, "host_memory", lambda: (10**9, 0))
     monkeypatch.setattr(resident, "now", lambda: held)
-    one.train(instruction(schema), lambda step: None)
+    one.train(instruction(schema), lambda step: None, nothing_private)
     after = plan_of(one)
     assert after.peak_bytes <= 0.9 * before.peak_bytes
     assert replace(after, ranks={}).rank == before.rank

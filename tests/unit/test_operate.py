@@ -43,6 +43,19 @@ def test_the_run_in_a_line() -> None:
     assert shown(status(site(), loss=2.5, rejections=1)).splitlines()[0] == (
         "run ab12: collecting, round 2 of 3, held-out loss 2.5000, 1 rejection in this round"
     )
+    private = {
+        "mode": "example-dp",
+        "unit": "record",
+        "delta": 1e-5,
+        "epsilon": 1.256,
+        "budget": 8.0,
+        "remaining": 6.744,
+    }
+    assert shown(status(site(), privacy=private)).splitlines()[0] == (
+        "run ab12: collecting, round 2 of 3, epsilon 1.26 of 8, 6.74 left (worst client, delta 1e-05), 0 rejections in this round"
+    )
+    unbounded = private | {"budget": None, "remaining": None}
+    assert "epsilon 1.26 (worst client, delta 1e-05)" in shown(status(site(), privacy=unbounded))
     assert shown(status(site(), state="paused", round_open=False)).splitlines()[0] == (
         "run ab12: paused, 1 of 3 rounds done"
     )

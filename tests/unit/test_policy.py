@@ -163,7 +163,11 @@ REFUSED: dict[str, tuple[Policy, dict[str, Any]]] = {
     "privacy.mode_at_least": (Policy(privacy=PrivacyFloor("example-dp")), terms({"privacy.mode": "client-dp"})),
     "privacy.unit_at_least": (
         Policy(privacy=PrivacyFloor(unit_at_least="user")),
-        terms({"privacy.mode": "example-dp", "privacy.unit": "record"}),
+        terms({"privacy.mode": "example-dp", "privacy.unit": "record", "privacy.epsilon": 8.0}),
+    ),
+    "privacy.total_epsilon": (
+        Policy(privacy=PrivacyFloor(total_epsilon=8, total_delta=1e-5)),
+        terms({"privacy.mode": "client-dp", "privacy.epsilon": 1.0}),
     ),
     "privacy.max_epsilon": (
         Policy(privacy=PrivacyFloor(max_epsilon=8)),
@@ -193,8 +197,13 @@ ALLOWED: list[tuple[Policy, dict[str, Any]]] = [
     (Policy(max_batch_tokens=32 * 128), terms()),
     (Policy(max_rounds=20, max_rank=8, max_local_steps=20, raw_updates_to_peers=False), terms()),
     (Policy(min_clients=3), terms(cohort_at_least=3)),
-    (Policy(privacy=PrivacyFloor("client-dp")), terms({"privacy.mode": "example-dp"})),
     (Policy(privacy=PrivacyFloor(secagg=True)), terms({"privacy.secagg": True})),
+    (Policy(privacy=PrivacyFloor("client-dp")), terms({"privacy.mode": "example-dp", "privacy.epsilon": 8.0})),
+    # What all runs cost is counted in the ledger, whatever one run says.
+    (
+        Policy(privacy=PrivacyFloor(total_epsilon=1, total_delta=1e-5)),
+        terms({"privacy.mode": "example-dp", "privacy.epsilon": 8.0}),
+    ),
     (Policy(privacy=PrivacyFloor(unit_at_least="user")), terms({"privacy.mode": "client-dp"})),
     (
         Policy(privacy=PrivacyFloor("example-dp", "user", 8, 1e-5)),
@@ -206,6 +215,23 @@ ALLOWED: list[tuple[Policy, dict[str, Any]]] = [
 @pytest.mark.parametrize("number", range(len(ALLOWED)))
 def test_terms_at_the_limit_are_allowed(number: int) -> None:
     check_terms(*ALLOWED[number], "hub")
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(privacy=PrivacyFloor("example-dp"))])
+def test_private_terms_without_a_budget_are_refused_whatever_the_policy(policy: Policy) -> None:
+    for task in ({}, {"privacy.epsilon": None}, {"privacy.noise_multiplier": 1e-3}):
+        with pytest.raises(PolicyRefused, match=r"privacy\.epsilon: expected the budget of the run"):
+            check_terms(policy, terms({"privacy.mode": "example-dp", **task}), "hub")
+
+
+@pytest.mark.parametrize("more", ["", ", total_delta: 1.5", ", max_delta: 1"])
+def test_a_total_without_its_delta_is_no_policy(tmp_path: Path, more: str) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(f"privacy: {{total_epsilon: 8{more}}}")
+    with pytest.raises(ConfigError, match=r"privacy\.total_epsilon: expected privacy\.total_delta"):
+        read(path)
+    path.write_text("privacy: {total_epsilon: 8, max_delta: 1e-5}")
+    assert read(path).privacy == PrivacyFloor(total_epsilon=8, max_delta=1e-5)
 
 
 def test_only_listed_coordinators() -> None:

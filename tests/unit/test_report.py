@@ -170,6 +170,24 @@ def test_privacy_shows_epsilon_and_says_why_losses_are_missing(tmp_path: Path) -
     assert "No held-out losses of single clients were recorded" in text
 
 
+def test_privacy_is_shown_by_round_and_by_client_against_the_budget(tmp_path: Path) -> None:
+    privacy = {"mode": "example-dp", "unit": "record", "epsilon": 3.0, "delta": 1e-5, "accountant": "pld"}
+    privacy |= {"per_client": {"a": 3.0, "b": 1.5}, "epsilon_rdp": 3.4, "budget": 8.0}
+    rounds = [a_round(n, epsilon=float(n)) for n in (1, 2, 3)]
+    html = render([load_run(write_run(tmp_path / "run", a_summary(privacy=privacy), rounds))])
+    text = Page(html).text
+    assert "ε = 3.00 of 8.00" in text
+    assert "Privacy by round" in text
+    assert "budget 8.00" in text
+    assert "round 2: ε 2.000 spent so far" in html
+    assert "By RDP, a looser bound that is computed in another way, the largest is 3.400." in text
+    assert all(left in text for left in ("5.000", "6.500"))
+    central = privacy | {"mode": "client-dp", "unit": "client", "per_client": {}, "budget": None}
+    text = page_of(write_run(tmp_path / "central", a_summary(privacy=central), rounds)).text
+    assert "One mechanism covers all clients." in text
+    assert "Privacy by" not in page_of(write_run(tmp_path / "none")).text
+
+
 def test_rounds_without_evaluation_leave_no_gap_in_the_line(tmp_path: Path) -> None:
     bare: Json = {"loss": None, "loss_worst": None, "loss_spread": None, "per_client_loss": {}}
     rounds = [a_round(1, **bare), a_round(2), a_round(3, **bare)]
@@ -283,7 +301,8 @@ def test_text_from_files_never_becomes_markup(tmp_path: Path) -> None:
         **dict.fromkeys(["run_id", "strategy", "adapter"], EVIL),
         **{"corpus": {EVIL: EVIL}, "versions": {EVIL: EVIL}, "eval": evaluated},
         baselines={EVIL: {"loss": 3.0}},
-        privacy={"mode": EVIL, "unit": EVIL, "epsilon": 1.0, "delta": 1e-5, "accountant": EVIL},
+        privacy={"mode": EVIL, "unit": EVIL, "epsilon": 1.0, "delta": 1e-5, "accountant": EVIL}
+        | {"per_client": {EVIL: 1.0}, "budget": 8.0, "epsilon_rdp": 1.2},
     )
     refused = [{"client_id": EVIL, "reason": EVIL}]
     rounds = [a_round(1, clients=[EVIL], rejections=refused, per_client_loss={EVIL: 3.0})]

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lamina.client.agent import Agent
-from lamina.client.work import Trained
+from lamina.client.work import Allow, Trained
 from lamina.protos.adapter import Adapter
 from lamina.protos.clock import Clock
 from lamina.protos.link import Address, Link
@@ -91,12 +91,12 @@ class Gated(Synthetic):
     gates: Mapping[int, threading.Event] = field(default_factory=dict)
     begun: list[int] = field(default_factory=list)
 
-    def train(self, instruction: Instruction, progress: Callable[[int], None]) -> Trained:
+    def train(self, instruction: Instruction, progress: Callable[[int], None], allow: Allow) -> Trained:
         self.begun.append(instruction.round)
         gate = self.gates.get(instruction.round)
         while gate is not None and not gate.wait(0.01):
             progress(0)
-        return super().train(instruction, progress)
+        return super().train(instruction, progress, allow)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as hst
 
 from lamina.client.listening import signer
-from lamina.client.work import Trained
+from lamina.client.work import Allow, Trained
 from lamina.protos import coordinator_pb2 as pb
 from lamina.protos import identity as identities
 from lamina.protos import statements as st
@@ -204,7 +204,7 @@ class Attacker(Synthetic):
 
     attacks: list[Callable[[Update], Update | bytes]] = field(default_factory=list)
 
-    def train(self, instruction: Instruction, progress: Callable[[int], None]) -> Trained:
+    def train(self, instruction: Instruction, progress: Callable[[int], None], allow: Allow) -> Trained:
         update = deployment.trained(self.name, self.seed, self.budget, self.spec, instruction)
         made = self.attacks[instruction.round - 1](update)
         return Trained(made if isinstance(made, bytes) else encoded(made), {})
@@ -276,9 +276,9 @@ class Held(Synthetic):
 
     gate: threading.Event = field(default_factory=threading.Event)
 
-    def train(self, instruction: Instruction, progress: Callable[[int], None]) -> Trained:
+    def train(self, instruction: Instruction, progress: Callable[[int], None], allow: Allow) -> Trained:
         assert self.gate.wait(60)
-        return super().train(instruction, progress)
+        return super().train(instruction, progress, allow)
 
 
 @pytest.fixture

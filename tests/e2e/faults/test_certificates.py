@@ -260,11 +260,11 @@ def test_a_site_that_is_revoked_in_the_middle_is_out_and_the_run_goes_on(tmp_pat
     class Waiting(Synthetic):
         """Trains round 2 until it is told to go on, or superseded."""
 
-        def train(self, instruction: Any, progress: Any) -> Any:
+        def train(self, instruction: Any, progress: Any, allow: Any) -> Any:
             while instruction.round == 2 and not gate.is_set():
                 progress(1)
                 time.sleep(0.05)
-            return super().train(instruction, progress)
+            return super().train(instruction, progress, allow)
 
     with deployment.coordinator(tmp_path / "run", words) as running:
         try:
@@ -391,11 +391,11 @@ def test_a_site_that_comes_back_with_a_renewed_certificate(tmp_path: Path, rotat
 
     @dataclass
     class Held(Synthetic):
-        def train(self, instruction: Any, progress: Any) -> Any:
+        def train(self, instruction: Any, progress: Any, allow: Any) -> Any:
             while instruction.round == 2 and not hold.is_set():
                 progress(1)
                 time.sleep(0.02)
-            return super().train(instruction, progress)
+            return super().train(instruction, progress, allow)
 
     with deployment.coordinator(tmp_path / "run", words) as running:
         try:

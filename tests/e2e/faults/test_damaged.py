@@ -146,10 +146,10 @@ def interrupted(tmp_path: Path) -> Iterator[tuple[Path, int, list[str], dict[str
     gate = threading.Event()
 
     class Held(Synthetic):
-        def train(self, instruction: Any, progress: Any) -> Any:
+        def train(self, instruction: Any, progress: Any, allow: Any) -> Any:
             if instruction.round == 2:
                 eventually(gate.is_set, 60)
-            return super().train(instruction, progress)
+            return super().train(instruction, progress, allow)
 
     try:
         with sites(tmp_path, port, NAMES[:2]), sites(tmp_path, port, ("west",), worker=Held("west")):
@@ -358,10 +358,10 @@ def test_a_site_with_a_damaged_spool_comes_back_without_it(tmp_path: Path) -> No
     gate = threading.Event()
 
     class Held(Synthetic):
-        def train(self, instruction: Any, progress: Any) -> Any:
+        def train(self, instruction: Any, progress: Any, allow: Any) -> Any:
             if instruction.round == 2:
                 eventually(gate.is_set, 60)
-            return super().train(instruction, progress)
+            return super().train(instruction, progress, allow)
 
     with (
         deployment.coordinator(tmp_path / "run", words) as running,

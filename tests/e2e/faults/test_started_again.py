@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina.client.work import Trained
+from lamina.client.work import Allow, Trained
 from lamina.protos.clock import Clock
 from lamina.protos.errors import CheckpointError, ConfigError, QuorumNotReached
 from lamina.protos.messages import Instruction
@@ -26,10 +26,10 @@ class Failing(Synthetic):
 
     bad: bool = True
 
-    def train(self, instruction: Instruction, progress: Callable[[int], None]) -> Trained:
+    def train(self, instruction: Instruction, progress: Callable[[int], None], allow: Allow) -> Trained:
         if self.bad:
             raise MemoryError
-        return super().train(instruction, progress)
+        return super().train(instruction, progress, allow)
 
 
 def test_who_failed_is_asked_again_after_a_missed_quorum(tmp_path: Path) -> None:
