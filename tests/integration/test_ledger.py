@@ -10,19 +10,25 @@ from typing import Any
 
 import pytest
 
+from lamina.client.agent import Agent
+from lamina.client.listening import Settings
+from lamina.client.loading import BaseOptions, load_base
 from lamina.client.policy import Policy, PrivacyFloor
 from lamina.client.private import account as accounts
 from lamina.client.private import ledger as ledgers
 from lamina.client.private.ledger import FILE_NAME, Ledger, opened
+from lamina.client.worker import SiteWorker
+from lamina.protos.clock import SYSTEM
 from lamina.protos.errors import BudgetSpent, QuorumNotReached
 from lamina.protos.files import sha256
-from lamina.protos.link import Link
+from lamina.protos.link import Address, Link
 from lamina.protos.messages import Update
 from lamina.protos.privacy.accounting import epsilon
 from lamina.protos.privacy.events import Event
 from lamina.server.store import checkpoint, run_directory
 from tests import deployment
 from tests.deployment import NAMES, Noisy
+from tests.models import TINY
 
 PRIVATE = ("privacy=example-dp", "privacy.epsilon=20", "train.local_steps=4", "evaluate.every=100")
 ONE = Event("north", 1, 1.0, 0.1, 4, 1.0)
@@ -282,3 +288,31 @@ def test_what_nobody_paid_for_is_not_masked_either(tmp_path: Path, monkeypatch: 
     assert run_directory.read_records(played.path) == []
     assert all(not played.told(name, "summed") for name in NAMES)
     assert {one["code"] for one in played.told("north", "failed")} == {"privacy"}
+
+
+def test_a_site_with_a_model_pays_for_what_it_trains(tmp_path: Path) -> None:
+    """The worker of a real site: its own mechanism by its own public number, its claim what its ledger says."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "def number_{n}(): return {n} + {n * n}"}}\n' for n in range(80)))
+    schema = load_base(BaseOptions(source=str(TINY), target_modules=["q_proj"], device="cpu")).spec
+    (tmp_path / "spec.json").write_text(schema.to_json())
+    words = "insecure=true privacy=example-dp privacy.epsilon=8 clients.names=[north] clients.count=1 clients.ranks=[2] rounds=2"
+    more = "strategy=ffa lora.target_modules=[q_proj] train.local_steps=2 train.batch_size=4 train.max_length=32"
+    own = [f"model.source={TINY}", f"data.source={rows}", "train.device=cpu", "privacy.nominal_examples=60"]
+    given = [f"coordinator.spec={tmp_path / 'spec.json'}", *words.split(), *more.split()]
+    with deployment.coordinator(tmp_path / "run", given) as running:
+        worker = SiteWorker(deployment.config_of(own), Policy(), lambda text: None)
+        address = Address(f"127.0.0.1:{running.port}", None, "north")
+        site = Agent(Settings(address, Policy(), tmp_path / "north"), worker, SYSTEM, lambda event, **said: None)
+        thread, outcome = deployment.in_thread(site)
+        assert running.join(120) == 0
+        thread.join(30)
+    assert outcome == [0]
+    charges = opened(tmp_path / "north").charges
+    assert [(one.event.round, one.event.steps, one.event.sample_rate) for one in charges] == [
+        (1, 2, 4 / 60),
+        (2, 2, 4 / 60),
+    ]
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())["privacy"]
+    assert told["per_client"]["north"] == pytest.approx(epsilon([one.event for one in charges], 1e-5), abs=1e-9)
+    assert 7.9 < told["epsilon"] <= 8
