@@ -99,7 +99,9 @@ class _Shared:
             config.train.device,
             config.seed,
         ]
-        key = repr([*parts, config.quantisation])
+        key = repr(
+            [*parts, config.quantisation, config.privacy.mode, config.privacy.unit]
+        )  # by which rows are held out
         if self._prepared is None or key != self._key:
             self._prepared = None
             self._prepared, self._key = prepare(config, watcher.say), key
