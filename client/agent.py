@@ -21,12 +21,13 @@ from lamina.client.private import account as accounts
 from lamina.client.private.account import Account
 from lamina.client.spool import Finished, Spool, charged_heads, clear_others, newest
 from lamina.client.summing import Part
-from lamina.client.terms import HASH, whole
+from lamina.client.terms import whole
+from lamina.client.witness import countersigned
 from lamina.client.work import Trained, Worker, nothing_private
 from lamina.protos import statements as st
 from lamina.protos.adapter import Array
 from lamina.protos.blobs import Blob, blob
-from lamina.protos.chain import WITNESS_DOMAIN, Head, witness_statement
+from lamina.protos.chain import Head
 from lamina.protos.clock import Clock
 from lamina.protos.errors import IdentityError, LaminaError, PolicyRefused, one_line
 from lamina.protos.files import alone
@@ -336,7 +337,7 @@ class Agent:
             "sha256": content.sha256,
             "num_bytes": content.num_bytes,
             "spec": terms.document["spec"][0],
-            "witness": self._witness(spool, document),
+            "witness": countersigned(spool, document.get("log"), self._listener.name, self._sign),
             **more,
         }
         signed = st.signed(st.CLAIM, claim, self._sign)
@@ -387,26 +388,6 @@ class Agent:
         if spool.shown(last.round):
             spool.accepted(last)
             self._log("summed", round=last.round)
-
-    def _witness(self, spool: Spool, document: Mapping[str, Any]) -> list[Any] | None:
-        """A countersignature over the head of the log that the instruction names, unless the log has gone back."""
-        log = document.get("log")
-        if not isinstance(log, list) or [type(one) for one in log] != [int, str]:
-            return None
-        head = Head(*log)
-        if not 0 <= head.n < st.MAX_NUMBER or HASH.fullmatch(head.hash) is None:
-            return None
-        before = spool.witnessed()
-        if before is not None and (head.n < before.n or (head.n == before.n and head.hash != before.hash)):
-            raise IdentityError(
-                f"the coordinator's log: expected record {before.n} with hash {before.hash[:12]}… or a later one, got "
-                f"{head.n} with {head.hash[:12]}…: it was cut or rewritten. Ask its operator; if it was restored from a copy, "
-                f"stop this agent and move {spool.root} away."
-            )
-        if before != head:
-            spool.witness(head)
-        signature = self._sign(WITNESS_DOMAIN, witness_statement(self._listener.name, head))
-        return [head.n, head.hash, signature.hex()]
 
     def _measure(self, terms: Terms, spool: Spool, document: Mapping[str, Any]) -> None:
         if not self._settings.policy.leave.evaluation:
