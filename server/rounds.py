@@ -149,7 +149,8 @@ def _step(
     began = time.monotonic()
     after = campaign.strategy.step(state, updates, releases, seeds.stream(campaign.seed, "step", round_open.round))
     after = replace(after, privacy_history=(*after.privacy_history, *spending.charges(campaign.promise, updates)))
-    train_losses = _claimed(updates, "train_loss")
+    told = updates if campaign.promise is None else []  # what a client says all the same is not written down
+    train_losses = _claimed(told, "train_loss")
     record = {
         "round": round_open.round,
         "clients": collected.clients,
@@ -165,7 +166,7 @@ def _step(
         "release_error_by_client": dict(collected.errors),
         "seconds_collect": collected.seconds,
         "seconds_aggregate": time.monotonic() - began,
-        "seconds_train": sum(_claimed(updates, "seconds")),
+        "seconds_train": sum(_claimed(told, "seconds")),
         "epsilon": spending.worst_so_far(campaign.promise, after.privacy_history),
     }
     now_held = dict(held) | {client: sent[client].instruction.version for client in collected.clients}

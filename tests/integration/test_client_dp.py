@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 from lamina.protos.privacy import accounting
 from lamina.protos.privacy.events import from_json
+from lamina.server.store import run_directory
+from tests import deployment
 from tests.runs import Outcome, play, small
 
 PRIVATE = ("privacy=client-dp", "privacy.epsilon=8", "privacy.force=true", "rounds=4")
@@ -78,3 +81,32 @@ def test_no_figure_of_training_leaves_a_client(llama: Path, notes: Path) -> None
     assert updates
     assert all(not update.metrics for update in updates)
     assert all(done.record["train_loss"] is None for done in outcome.rounds)
+
+
+def test_over_grpc_nothing_of_a_client_is_written_down(tmp_path: Path) -> None:
+    """Two runs of one seed, whose clients send the same updates: with noise of their own they end elsewhere."""
+    ends = []
+    for name in ("one", "other"):
+        spec_file = tmp_path / "spec.json"
+        spec_file.write_text(deployment.spec().to_json())
+        words = deployment.words(spec_file, "strategy=ffa", "insecure=true", "privacy=client-dp", "privacy.epsilon=8",
+                                 "privacy.force=true")  # fmt: skip
+        with deployment.coordinator(tmp_path / name, words) as running:
+            sites = [
+                deployment.in_thread(deployment.agent(site, running.port, tmp_path / name / site))
+                for site in deployment.NAMES
+            ]
+            assert running.join() == 0
+            for thread, outcome in sites:
+                thread.join(20)
+                assert outcome == [0]
+        ends.append(deployment.final(running.path))
+        summary = json.loads((running.path / "summary.json").read_text())
+        assert summary["privacy"]["mode"] == "client-dp"
+        assert 7 < summary["privacy"]["epsilon"] <= 8
+        assert summary["eval"]["final_loss"] is None
+        records = run_directory.read_records(running.path)
+        assert [round(record["epsilon"], 6) for record in records] == sorted(round(r["epsilon"], 6) for r in records)
+        assert all(record["loss"] is None and record["train_loss"] is None for record in records)  # the sites told one
+    module = next(iter(ends[0].lora))
+    assert (ends[0].lora[module].B != ends[1].lora[module].B).all()
