@@ -52,6 +52,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/fleet.py
 	$(BIN)/python benchmarks/beside.py
+	$(BIN)/python benchmarks/privacy.py
+	$(BIN)/python benchmarks/private_quality.py
 
 clean:
 	rm -rf $(VENV) outputs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
