@@ -43,7 +43,7 @@ KINDS = ("lora", "norm", "head")
 SHOTS = (10, 50)
 SHOT_EPSILONS = (0.0, 8.0, 1.0)
 SEEDS = (0, 1, 2)
-RATES = {"stdlib": (3e-3, 1e-2, 3e-2), "lora": (3e-3, 1e-2), "norm": (1e-2, 3e-2), "head": (3e-2, 1e-1)}
+RATES = {"stdlib": (3e-3, 1e-2), "lora": (3e-3, 1e-2), "norm": (1e-2, 3e-2), "head": (3e-2, 1e-1)}
 INTENTS, SITES, TUNE_QUESTIONS = 10, 2, 200
 
 
