@@ -126,8 +126,10 @@ def composed(overrides: Sequence[str], base: Path | None = None) -> Config:
         with initialize(version_base=None, config_path=None):
             config = OmegaConf.to_object(compose(config_name="lamina", overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
-        first = str(error.__cause__ or error).strip().splitlines()
-        raise ConfigError(f"{' '.join(overrides)}: {first[0] if first else type(error).__name__}") from None
+        cause = error.__cause__ or error
+        first = str(cause).strip().splitlines()
+        where = getattr(cause, "full_key", None) or " ".join(overrides)
+        raise ConfigError(f"{where}: {first[0] if first else type(error).__name__}") from None
     if not isinstance(config, Config):
         raise ConfigError("expected a configuration, got something else. Check the YAML file.")
     return checked(config)

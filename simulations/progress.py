@@ -109,10 +109,13 @@ def table(finished: Sequence[Finished], titles: Sequence[str]) -> Table:
         A rich table.
     """
     made = Table(title="held-out figures of the exported adapter on the full-precision base")
+    private = any(one.summary["privacy"] for one in finished)
     classes = any(one.summary["eval"]["final_accuracy"] is not None for one in finished)
     heads = ["run", "base loss", "final loss", "change", "worst client", "up", "down", "aggregation error", "seconds"]
     if classes:
         heads[3:3] = ["accuracy"]
+    if private:
+        heads[-1:-1] = ["epsilon"]
     for index, head in enumerate(heads):
         # Only the runs' names are folded where room is short.
         made.add_column(
@@ -134,6 +137,9 @@ def table(finished: Sequence[Finished], titles: Sequence[str]) -> Table:
         ]
         if classes:
             cells[3:3] = [f"{figures['base_accuracy']:.3f} -> {figures['final_accuracy']:.3f}"]
+        if private:
+            spent = (one.summary["privacy"] or {}).get("epsilon")
+            cells[-1:-1] = ["-" if spent is None else f"{spent:.2f}"]
         made.add_row(*cells)
     return made
 

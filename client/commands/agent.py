@@ -33,7 +33,7 @@ exit codes: 0 the run is over, 2 bad configuration or data, 3 coordinator out of
 
 keys of a site (default), of which data.source must be set:"""
 _SECTIONS = ("client.", "data.", "model.", "quantisation.")
-_KEYS = (*(key for key in SITE_KEYS if not key.startswith("privacy.")), "threads", "insecure", "partition.min_examples")
+_KEYS = (*SITE_KEYS, "threads", "insecure", "partition.min_examples")
 
 
 def main(command: str, words: Sequence[str]) -> int:

@@ -216,6 +216,7 @@ def _check_together(config: Config) -> None:
                 f"clients.names: expected letters, digits and . _ - only, at most 64, as in a certificate, got {name!r}."
             )
     _check_quorum(config)
+    _check_mode(config)
     _check_secagg(config)
     formats_of(config)
     if not isinstance(config.lora.rank_pattern, Mapping):
@@ -313,6 +314,19 @@ def _check_quorum(config: Config) -> None:
             f"clients.start={clients.start}: expected at least clients.quorum={clients.quorum}, or the first round could "
             "not count. Raise it, or lower the quorum."
         )
+
+
+def _check_mode(config: Config) -> None:
+    """Raise for a budget or a noise that no mode keeps: the run would look private and not be."""
+    if config.privacy.mode != "none":
+        return
+    for name in ("epsilon", "noise_multiplier"):
+        given = getattr(config.privacy, name)
+        if given is not None:
+            raise ConfigError(
+                f"privacy.{name}={given:g}: expected privacy.mode=example-dp or client-dp beside it, got privacy.mode=none, which "
+                f"adds no noise. Set privacy=example-dp, or leave privacy.{name} out."
+            )
 
 
 def _check_secagg(config: Config) -> None:

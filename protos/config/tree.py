@@ -63,7 +63,7 @@ class ModelConfig:
 class StrategyConfig:
     """The aggregation method."""
 
-    name: str = _doc("recompress", "recompress, residual, stack, ffa, alternate, fedavg, zeropad or flexlora")
+    name: str = _doc("recompress", "recompress, residual, stack, ffa, alternate, core, fedavg, zeropad or flexlora")
 
 
 @dataclass

@@ -84,12 +84,13 @@ def example_dp(config: Config, nominal: int | None, where: str = "privacy.nomina
         )
     if privacy.delta * nominal >= 1:
         raise ConfigError(
-            f"privacy.delta={privacy.delta:g}: expected less than 1 / {where} = {1 / nominal:.2g}; with more, publishing one "
-            f"whole {privacy.unit} would count as private. Set privacy.delta={0.1 / nominal:.0e}."
+            f"privacy.delta={privacy.delta:g}: expected less than {1 / nominal:.2g}, which is 1 / {nominal} ({where}); with more, "
+            f"publishing one whole {privacy.unit} would count as private. Set privacy.delta={0.1 / nominal:.0e}."
         )
     if train.max_grad_norm <= 0:
         raise ConfigError(
-            "train.max_grad_norm=0: expected a bound > 0, to which each gradient is clipped. Set it, such as 1.0."
+            "train.max_grad_norm=0: expected a bound > 0 under privacy.mode=example-dp, to which each gradient is clipped. "
+            "Set it, such as 1.0."
         )
     rate, steps = batch / nominal, config.rounds * train.local_steps
     noise = privacy.noise_multiplier

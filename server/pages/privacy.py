@@ -26,6 +26,7 @@ def _by_round(run: Run) -> str:
     rounds = [float(record["round"]) for record in run.rounds]
     tips = [f"round {record['round']}: ε {num(value)} spent so far" for record, value in zip(run.rounds, spent)]
     references = [(f"budget {num(budget, 2)}", budget)] if usable(budget) else []
+    most = max(filter(usable, [*spent, budget]))
     unit, mode = escape(run.get("privacy.unit") or "unit"), _MODES.get(run.get("privacy.mode"), "")
     return section(
         "Privacy by round",
@@ -34,7 +35,7 @@ def _by_round(run: Run) -> str:
         line_chart(
             [Series("spent", rounds, spent, "c0", tips)],
             Axis("round", whole=True),
-            Axis("ε"),
+            Axis("ε", bounds=(0.0, 1.06 * most or 1.0)),  # from zero, or the first round would look free
             "Privacy by round",
             references,
         ),

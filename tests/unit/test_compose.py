@@ -127,6 +127,11 @@ def test_a_malformed_word_is_a_config_error(word: str) -> None:
         config_of(word)
 
 
+def test_a_value_of_another_type_names_its_key_alone() -> None:
+    with pytest.raises(ConfigError, match=r"^privacy\.epsilon: Value 'abc'"):
+        config_of("rounds=2", "privacy=example-dp", "privacy.epsilon=abc")
+
+
 @pytest.mark.parametrize(
     "word",
     ["rounds=-1", "clients.ranks=[8,8]", "task=poetry", "seed=-1", "train.learning_rate=-1", "clients.fraction=0"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,10 +60,19 @@ def test_the_ends_of_a_range_that_are_allowed_pass(key: str) -> None:
     value = low if closed else low + 1e-3
     if key == "clients.count":
         checked(with_value(key, 1))
+    elif key in ("privacy.epsilon", "privacy.noise_multiplier"):
+        config = with_value(key, 1.0)
+        checked(replace(config, privacy=replace(config.privacy, mode="example-dp")))
     elif isinstance(value_of(Config(), key), int) or value_of(Config(), key) is None:
         checked(with_value(key, int(value) if closed else 1.0))
     else:
         checked(with_value(key, value))
+
+
+@pytest.mark.parametrize("key", ["privacy.epsilon", "privacy.noise_multiplier"])
+def test_a_budget_without_a_mode_that_keeps_it_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}=8: expected privacy.mode=example-dp or client-dp.*leave {key} out"):
+        checked(with_value(key, 8.0))
 
 
 @pytest.mark.parametrize(

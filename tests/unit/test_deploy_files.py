@@ -17,7 +17,7 @@ from lamina.__main__ import COMMANDS
 from lamina.client import policy
 from lamina.client.commands import agent, doctor
 from lamina.protos import compose
-from lamina.protos.config import known_keys
+from lamina.protos.config import SITE_KEYS, known_keys
 from lamina.server.port import listen
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +68,10 @@ def test_settings_are_of_known_keys(name: str) -> None:
 def test_a_site_sets_only_what_is_its_own() -> None:
     for key in leaves(loaded("site.yaml")):
         assert key.startswith(agent._SECTIONS) or key in agent._KEYS
+
+
+def test_a_site_may_set_all_that_the_terms_leave_to_it() -> None:
+    assert set(SITE_KEYS) <= set(agent._KEYS)
 
 
 def test_the_policy_file_is_the_default_policy() -> None:
