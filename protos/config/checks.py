@@ -324,8 +324,8 @@ def _check_mode(config: Config) -> None:
         given = getattr(config.privacy, name)
         if given is not None:
             raise ConfigError(
-                f"privacy.{name}={given:g}: expected privacy.mode=example-dp or client-dp beside it, got privacy.mode=none, which "
-                f"adds no noise. Set privacy=example-dp, or leave privacy.{name} out."
+                f"privacy.{name}={given:g}: expected privacy.mode=example-dp or client-dp beside it, got privacy.mode=none, "
+                f"which adds no noise. Set privacy=example-dp, or leave privacy.{name} out."
             )
 
 

@@ -84,8 +84,8 @@ def example_dp(config: Config, nominal: int | None, where: str = "privacy.nomina
         )
     if privacy.delta * nominal >= 1:
         raise ConfigError(
-            f"privacy.delta={privacy.delta:g}: expected less than {1 / nominal:.2g}, which is 1 / {nominal} ({where}); with more, "
-            f"publishing one whole {privacy.unit} would count as private. Set privacy.delta={0.1 / nominal:.0e}."
+            f"privacy.delta={privacy.delta:g}: expected less than {1 / nominal:.2g}, which is 1 / {nominal} ({where}); with "
+            f"more, publishing one whole {privacy.unit} would count as private. Set privacy.delta={0.1 / nominal:.0e}."
         )
     if train.max_grad_norm <= 0:
         raise ConfigError(

@@ -44,5 +44,6 @@ def test_a_run_with_privacy_shows_its_epsilon_and_one_without_a_dash() -> None:
     runs = [finished(None, {"epsilon": 7.994}), finished(None)]
     console.print(table(runs, ["recompress seed=0", "residual seed=1"]))
     printed = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "epsilon" in printed and printed.count("7.99") == 1
+    assert "epsilon" in printed
+    assert printed.count("7.99") == 1
     assert next(line for line in printed.splitlines() if "residual" in line).count(" - ") == 1
