@@ -45,7 +45,7 @@ _TOLD: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "unpause": ("resumed", ("by",)),
     "stop": ("stopping", ("by", "now")),
     "round": ("opened", ("round", "asked")),
-    "reject": ("rejected", ("round", "client_id", "reason")),
+    "reject": ("rejected", ("round", "client_id", "reason", "code")),
 }
 
 
@@ -147,7 +147,7 @@ def _mirrored(log: Log) -> Callable[[Mapping[str, Any]], None]:
     def told(record: Mapping[str, Any]) -> None:
         event, fields = _TOLD.get(record["kind"], ("", ()))
         if event:
-            log(event, **{"client" if name == "client_id" else name: record["fields"][name] for name in fields})
+            log(event, **{"client" if name == "client_id" else name: record["fields"].get(name) for name in fields})
 
     return told
 

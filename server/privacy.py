@@ -71,6 +71,11 @@ def _settings(config: Config) -> list[str]:
 
 def _local(config: Config) -> list[str]:
     wrong = []
+    if config.privacy.secagg and config.privacy.epsilon is None:
+        wrong.append(
+            "privacy.secagg=true with privacy.mode=example-dp: expected privacy.epsilon, which stands for what was spent where no "
+            "single claim is seen, got none. Set it beside or instead of privacy.noise_multiplier."
+        )
     if config.privacy.unit == "user" and not config.data.user_column and not config.coordinator.spec:
         wrong.append(
             "privacy.unit=user: expected data.user_column, the column that says whose a row is, got none. Set it, or "

@@ -114,6 +114,7 @@ def run_round(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Comple
         collected.errors = errors.result()
     if len(collected.clients) < _quorum(loop.campaign, round_open):
         loop.store.miss(number)
+        _check_budgets(number, collected)
         reasons = ", ".join(sorted({r.reason for r in collected.rejections})) or "no reply"
         raise QuorumNotReached(
             f"round {number}: expected at least {loop.campaign.quorum} accepted updates of {len(round_open.sent)} asked, "
@@ -132,6 +133,17 @@ def run_round(loop: Loop, state: ServerState, held: Mapping[str, int]) -> Comple
 def _quorum(campaign: Campaign, round_open: Opened) -> int:
     """Fewest updates for the round to count. Under client-dp who was drawn is enough: to draw again would be another sampling."""
     return campaign.quorum if campaign.plan is None else min(campaign.quorum, len(round_open.sent))
+
+
+def _check_budgets(number: int, collected: Collected) -> None:
+    """Raise where a round cannot be because privacy budgets do not allow it: to ask again would change nothing."""
+    spent = sorted(r.client_id for r in collected.rejections if (r.reason, r.message) == ("failed", "privacy"))
+    if spent:
+        raise BudgetSpent(
+            f"round {number}: the privacy budget of client {', '.join(spent)} does not allow it, and without them there are too "
+            "few updates. What was completed is kept. Each site's log says what was spent; start again when a site's policy or "
+            "another client allows the round, or take the adapter of the round before with `lamina export`."
+        )
 
 
 def _politely() -> None:

@@ -251,9 +251,9 @@ class DeploymentStore(RunDirectory):
             query = "SELECT times FROM rejections WHERE round = ? AND client_id = ? AND reason = ?"
             key = (round_number, rejection.client_id, rejection.reason)
             if connection.execute(query, key).fetchone() is None:
-                self.log(
-                    connection, "reject", round=round_number, client_id=rejection.client_id, reason=rejection.reason
-                )
+                code = {"code": rejection.message} if rejection.reason == "failed" else {}  # from a fixed list
+                who = {"client_id": rejection.client_id, "reason": rejection.reason}
+                self.log(connection, "reject", round=round_number, **who, **code)
             connection.execute(
                 "INSERT INTO rejections VALUES (?, ?, ?, ?, ?, 1) "
                 "ON CONFLICT (round, client_id, reason) DO UPDATE SET times = times + 1, final = max(final, excluded.final)",
