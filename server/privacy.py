@@ -73,8 +73,8 @@ def _local(config: Config) -> list[str]:
     wrong = []
     if config.privacy.secagg and config.privacy.epsilon is None:
         wrong.append(
-            "privacy.secagg=true with privacy.mode=example-dp: expected privacy.epsilon, which stands for what was spent where no "
-            "single claim is seen, got none. Set it beside or instead of privacy.noise_multiplier."
+            "privacy.secagg=true with privacy.mode=example-dp: expected privacy.epsilon, which stands for what was spent where "
+            "no single claim is seen, got none. Set it beside or instead of privacy.noise_multiplier."
         )
     if config.privacy.unit == "user" and not config.data.user_column and not config.coordinator.spec:
         wrong.append(

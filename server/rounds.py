@@ -18,7 +18,7 @@ from typing import cast
 import numpy as np
 
 from lamina.protos import seeds
-from lamina.protos.errors import ConfigError, QuorumNotReached, SecureSumAborted, UpdateRejected
+from lamina.protos.errors import BudgetSpent, ConfigError, QuorumNotReached, SecureSumAborted, UpdateRejected
 from lamina.protos.messages import Budget, Rejection, Release, Reply, Update
 from lamina.protos.sides import Side
 from lamina.server import admission, secure, selection, spending

@@ -19,7 +19,7 @@ from lamina.client.private import ledger as ledgers
 from lamina.client.private.ledger import FILE_NAME, Ledger, opened
 from lamina.client.worker import SiteWorker
 from lamina.protos.clock import SYSTEM
-from lamina.protos.errors import BudgetSpent, QuorumNotReached
+from lamina.protos.errors import BudgetSpent, LaminaError, QuorumNotReached
 from lamina.protos.files import sha256
 from lamina.protos.link import Address, Link
 from lamina.protos.messages import Update
@@ -46,7 +46,7 @@ class Played:
     workers: Mapping[str, Noisy]
     events: Mapping[str, list[dict[str, Any]]]
     outcome: Mapping[str, Any] = field(default_factory=dict)
-    ended: QuorumNotReached | None = None
+    ended: LaminaError | None = None
 
     def ledger(self, name: str) -> Ledger:
         return opened(self.path.parent / name)
@@ -83,7 +83,7 @@ def play(
             threads[name] = deployment.in_thread(one)
         try:
             running.join()
-        except QuorumNotReached as error:
+        except (BudgetSpent, QuorumNotReached) as error:
             played.ended = error
             for one in agents:
                 one.stop()
@@ -148,7 +148,12 @@ def test_the_budget_of_the_run_is_kept_by_the_site(tmp_path: Path) -> None:
     records = run_directory.read_records(played.path)
     assert [one["clients"] for one in records[:2]] == [sorted(NAMES)] * 2
     assert len(records) == 2
-    assert "got 0 (failed)" in str(played.ended)
+    assert isinstance(played.ended, BudgetSpent)
+    assert played.ended.exit_code == 4
+    assert "budget of client north, south, west" in str(played.ended)
+    refused = [json.loads(line) for line in (played.path / "events.jsonl").read_text().splitlines()]
+    codes = [one["fields"].get("code") for one in refused if one["kind"] == "reject"]
+    assert codes == ["privacy"] * 3
     for name in NAMES:
         assert played.workers[name].trained == [1, 2]
         (failed,) = played.told(name, "failed")
