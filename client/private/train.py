@@ -36,7 +36,7 @@ from lamina.client.train import (
 )
 from lamina.protos.adapter import Adapter
 from lamina.protos.errors import ConfigError, TrainingError
-from lamina.protos.privacy.mechanism import Mechanism
+from lamina.protos.privacy.mechanism import LEAST_CLIP, Mechanism
 from lamina.protos.privacy.noise import Stream, noised
 
 
@@ -134,10 +134,10 @@ def tested(base: Base, parameters: Mapping[str, Parameter], task: Task) -> Itera
 def _check(mechanism: Mechanism) -> None:
     """Raise where a mechanism is none; nothing is trained then."""
     noise, clip = mechanism.noise_multiplier, mechanism.max_grad_norm
-    if not (0 < noise < math.inf and 0 < clip < math.inf):
+    if not (0 < noise < math.inf and LEAST_CLIP <= clip < math.inf):
         raise ConfigError(
-            f"privacy.mode=example-dp: expected a positive finite noise multiplier and train.max_grad_norm, got {noise} and "
-            f"{clip}. Without noise nothing is private: set privacy.epsilon, or privacy.mode=none."
+            f"privacy.mode=example-dp: expected a positive finite noise multiplier and train.max_grad_norm >= {LEAST_CLIP:g}, got "
+            f"{noise} and {clip}. Without noise nothing is private: set privacy.epsilon, or privacy.mode=none."
         )
     if not (0 < mechanism.sample_rate <= 1 and 0 < mechanism.expected_units < math.inf and mechanism.user_rows >= 1):
         raise ConfigError(

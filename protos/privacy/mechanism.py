@@ -9,6 +9,10 @@ from lamina.protos.errors import ConfigError
 from lamina.protos.privacy.accounting import epsilon, noise_for
 from lamina.protos.privacy.events import Event, Unit
 
+# Norms are computed in float32, where the squares of numbers below 1e-19 or so vanish: a gradient of such numbers would pass for
+# zero and not be clipped. A bound that is far above them is safe, whatever weights a coordinator sends to make gradients small.
+LEAST_CLIP = 1e-6
+
 
 @dataclass(frozen=True)
 class Mechanism:
@@ -87,10 +91,11 @@ def example_dp(config: Config, nominal: int | None, where: str = "privacy.nomina
             f"privacy.delta={privacy.delta:g}: expected less than {1 / nominal:.2g}, which is 1 / {nominal} ({where}); with "
             f"more, publishing one whole {privacy.unit} would count as private. Set privacy.delta={0.1 / nominal:.0e}."
         )
-    if train.max_grad_norm <= 0:
+    if not train.max_grad_norm >= LEAST_CLIP:
         raise ConfigError(
-            "train.max_grad_norm=0: expected a bound > 0 under privacy.mode=example-dp, to which each gradient is clipped. "
-            "Set it, such as 1.0."
+            f"train.max_grad_norm={train.max_grad_norm:g}: expected a bound of at least {LEAST_CLIP:g} under "
+            "privacy.mode=example-dp, to which each gradient is clipped; with less its norm in float32 is no norm. Set it, such "
+            "as 1.0."
         )
     rate, steps = batch / nominal, config.rounds * train.local_steps
     noise = privacy.noise_multiplier

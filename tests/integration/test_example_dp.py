@@ -278,6 +278,7 @@ def test_users_are_units(llama: Path, tmp_path: Path) -> None:
         (["train.batch_size=16"], "client 0: privacy.nominal_examples=.*: expected at least train.batch_size"),
         (["privacy.delta=0.3"], "with more, publishing one whole user would count as private"),
         (["train.max_grad_norm=0"], "train.max_grad_norm=0: expected a bound"),
+        (["train.max_grad_norm=1e-30"], "train.max_grad_norm=1e-30: expected a bound of at least 1e-06"),
     ],
 )
 def test_users_that_cannot_be_protected_are_refused(llama: Path, tmp_path: Path, words: list[str], match: str) -> None:

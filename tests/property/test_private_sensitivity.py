@@ -21,7 +21,8 @@ from lamina.client.private import train as private_train
 from lamina.client.private.sampling import Share
 from lamina.client.private.train import Private, clipped_sum, train_privately
 from lamina.protos.adapter import Adapter
-from lamina.protos.privacy.mechanism import Mechanism
+from lamina.protos.errors import ConfigError
+from lamina.protos.privacy.mechanism import LEAST_CLIP, Mechanism
 from lamina.protos.privacy.noise import seeded
 from tests.models import save_llama
 from tests.private import alone, filled, norm, rows, share, task, watched
@@ -95,6 +96,24 @@ def test_a_row_that_gives_no_number_gives_nothing(poisoned: Base) -> None:
         assert float((found - clean).norm()) <= 1e-6 * float(clean.norm())
     user = share(poison, *shares[0].examples)
     assert not total(poisoned, [user], micro=1).any()
+
+
+def test_gradients_too_small_for_a_norm_in_float32_are_no_way_around_the_bound(base: Base) -> None:
+    """A coordinator that makes A and B tiny makes the gradients tiny; their squares vanish, and nothing is clipped. Below the
+    least clipping norm that moved the sum by a million of them; such a bound is refused.
+    """
+    parameters, one = filled(base), units([[9]], base)
+    for size in (1e-12, 1e-20, 1e-24):
+        for parameter in parameters.values():
+            parameter.data.fill_(size)
+        with watched(base, parameters) as sheet:
+            found, _ = clipped_sum(base, sheet, one, task(), LEAST_CLIP)
+        assert float(torch.cat(found).double().norm()) <= LEAST_CLIP * SLACK
+    for too_small in (LEAST_CLIP / 2, 1e-30, 5e-324):
+        mechanism = Mechanism("record", 1.0, 8.0, 1.0, too_small, 1, 1, 0.0, 1e-5)
+        private = Private(mechanism, 8, lambda *names: seeded(0, *names))
+        with pytest.raises(ConfigError, match="train.max_grad_norm >= 1e-06"):
+            train_privately(base, [*one[0].examples], task(local_steps=1), private, Adapter())
 
 
 def test_norms_are_at_most_the_clipping_norm_and_small_gradients_stay(base: Base) -> None:
