@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from lamina.protos.errors import ConfigError
-from lamina.protos.privacy.events import Event
+from lamina.protos.privacy.events import LEAST_RATE, NOISE, Event
 
 ACCOUNTANT = "pld"
 # sample_rate and noise_multiplier -> steps, as a sorted tuple: equal mechanisms compose in any order.
@@ -127,10 +127,10 @@ def _of(accountant: Any, parts: Composed, target_delta: float) -> float:
     if not 0 < target_delta < 1:
         raise ConfigError(f"privacy.delta={target_delta}: expected a number in (0, 1).")
     for rate, noise, steps in parts:
-        if not (0 < noise < math.inf and 0 < rate <= 1 and steps > 0):
+        if not (NOISE[0] <= noise <= NOISE[1] and LEAST_RATE <= rate <= 1 and steps > 0):
             raise ConfigError(
-                f"expected steps with a finite noise multiplier > 0 and a sample rate in (0, 1], got {steps} steps with "
-                f"noise {noise:g} at rate {rate:g}: they have no epsilon."
+                f"expected steps with a noise multiplier from {NOISE[0]:g} to {NOISE[1]:g} and a sample rate from "
+                f"{LEAST_RATE:g} to 1, got {steps} steps with noise {noise:g} at rate {rate:g}: they have no epsilon."
             )
         step = PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
         accountant.compose(SelfComposedDpEvent(step, steps))

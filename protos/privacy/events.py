@@ -12,6 +12,8 @@ from lamina.protos.errors import ConfigError
 Unit = Literal["record", "user", "client"]
 UNITS: tuple[Unit, ...] = ("record", "user", "client")
 MAX_COUNT = 2**53
+# Beyond these the accountants' own arithmetic overflows. No mechanism has such noise or such a rate; a client's claim might.
+NOISE, LEAST_RATE = (1e-9, 1e9), 1e-300
 MECHANISM, RELATION = "poisson-gaussian", "add-or-remove-one"
 CLAIMED = ("noise_multiplier", "sample_rate", "steps", "clip", "delta", "epsilon")
 
@@ -73,7 +75,7 @@ def from_json(document: Mapping[str, Any], where: str) -> Event:
         numbers = {name: _number(document[name]) for name in ("noise_multiplier", "sample_rate", "clip")}
         counts = {name: _count(document[name]) for name in ("round", "steps")}
         event = Event(client_id=document["client_id"], unit=document["unit"], **numbers, **counts)  # type: ignore[arg-type]
-        if not (event.noise_multiplier > 0 and 0 < event.sample_rate <= 1 and event.clip > 0):
+        if not (NOISE[0] <= event.noise_multiplier <= NOISE[1] and LEAST_RATE <= event.sample_rate <= 1 and event.clip > 0):
             raise ValueError("another noise_multiplier, sample_rate or clip")
         return event
     except (KeyError, TypeError, ValueError, OverflowError) as error:

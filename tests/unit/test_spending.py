@@ -11,7 +11,7 @@ import pytest
 from lamina.protos.errors import ConfigError, UpdateRejected
 from lamina.protos.messages import Update
 from lamina.protos.privacy.accounting import epsilon
-from lamina.protos.privacy.events import Claim, Event, to_claim, to_json
+from lamina.protos.privacy.events import LEAST_RATE, NOISE, Claim, Event, to_claim, to_json
 from lamina.server import spending
 from lamina.server.spending import Promise, charges, check_claim, document, promise_of, spent, worst_so_far
 from tests.deployment import config_of
@@ -63,6 +63,9 @@ def test_nothing_is_asked_of_updates_under_client_dp() -> None:
         (update(epsilon=float("inf")), "malformed"),
         (update(noise_multiplier=0.0), "malformed"),
         (update(sample_rate=1.5), "malformed"),
+        (update(noise_multiplier=1e-200), "malformed"),
+        (update(noise_multiplier=1e200), "malformed"),
+        (update(sample_rate=5e-324), "malformed"),
         (update(extra=1.0), "malformed"),
     ],
 )
@@ -71,6 +74,17 @@ def test_other_claims_are_refused(found: Update, reason: str) -> None:
         check_claim(PROMISE, found)
     assert caught.value.reason == reason
     assert "client north, round 3" in str(caught.value)
+
+
+@pytest.mark.parametrize("noise", [*NOISE, 0.01, 0.1])
+@pytest.mark.parametrize("rate", [LEAST_RATE, 1e-18, 0.5, 1.0])
+def test_no_claim_that_is_taken_ends_the_round(noise: float, rate: float) -> None:
+    """A client's odd numbers are its own fault: an error here would stop the run, each time that it is started again."""
+    found = update(replace(ONE, noise_multiplier=noise, sample_rate=rate))
+    check_claim(PROMISE, found)
+    kept = charges(PROMISE, [found])
+    assert (worst_so_far(PROMISE, kept) or 0.0) >= 1.0
+    assert spent(kept, DELTA).rdp >= 0.0
 
 
 def history(**claimed: float) -> list[dict[str, Any]]:
