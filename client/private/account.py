@@ -6,7 +6,7 @@ the site's ledger: a round that is asked for again, a run that is begun again an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -132,7 +132,9 @@ def allowed(account: Account, round_number: int, event: Event) -> float:
     about = (event.client_id, event.round, event.unit)
     if about != (account.client_id, round_number, limits.unit) or event.steps < 1:
         raise BudgetSpent(f"round {round_number}: expected an event of this site, round and unit, got another.")
-    after = epsilon([*ledger.events(account.run_id), event], limits.target_delta)
+    events = ledger.events(account.run_id)
+    _check_unit(account, events, event, "Ask the coordinator for that unit, or for a new run.")
+    after = epsilon([*events, event], limits.target_delta)
     if not after <= limits.run_epsilon:  # nor where it is not a number
         raise BudgetSpent(
             f"privacy, round {round_number}: expected at most epsilon {limits.run_epsilon:g} in run {account.run_id}, with this "
@@ -147,18 +149,23 @@ def allowed(account: Account, round_number: int, event: Event) -> float:
 def _within_total(account: Account, event: Event, most: float) -> None:
     """Raise where all runs together would cost more than the site gives in all."""
     events, limits = account.ledger.events(), account.limits
-    units = {one.unit for one in events} - {event.unit}
-    if units:
-        raise BudgetSpent(
-            f"privacy.unit: expected {', '.join(sorted(units))} as in the ledger {account.ledger.path}, got {event.unit}: what "
-            f"protects one does not add up with what protects the other. Ask the coordinator for that unit, or leave "
-            f"privacy.total_epsilon out of {limits.source}."
-        )
+    then = f"Ask the coordinator for that unit, or leave privacy.total_epsilon out of {limits.source}."
+    _check_unit(account, events, event, then)
     after = epsilon([*events, event], limits.total_delta)
     if not after <= most:
         raise BudgetSpent(
             f"{limits.source}: privacy.total_epsilon: expected at most {most:g} over all runs in {account.ledger.path}, with "
             f"this round it would be {after:.4g}. This site's data have given what they may; raise it only if that is meant."
+        )
+
+
+def _check_unit(account: Account, events: Sequence[Event], event: Event, then: str) -> None:
+    """Raise where earlier events are of another unit: what a record's cost is says nothing of its user's."""
+    units = {one.unit for one in events} - {event.unit}
+    if units:
+        raise BudgetSpent(
+            f"privacy.unit: expected {', '.join(sorted(units))} as in the ledger {account.ledger.path}, got {event.unit}: what "
+            f"protects one does not add up with what protects the other. {then}"
         )
 
 

@@ -220,6 +220,16 @@ def test_the_policy_bounds_what_the_coordinator_allows(tmp_path: Path) -> None:
         limits_of(Policy(), {"privacy.mode": "example-dp"})
 
 
+def test_a_run_that_changes_its_unit_is_refused(tmp_path: Path) -> None:
+    """Restarted with terms per user after rounds per record: what was charged for records bounds no user."""
+    after_records = account(filled(tmp_path, 2))
+    user = replace(after_records, limits=replace(after_records.limits, unit="user"))
+    with pytest.raises(BudgetSpent, match=r"privacy\.unit: expected record as in the ledger .*, got user"):
+        allowed(user, 3, replace(ONE, round=3, unit="user"))
+    other_run = replace(user, run_id="another")  # without a total, another run may be per user
+    assert allowed(other_run, 1, replace(ONE, unit="user")) > 0
+
+
 def test_the_total_is_over_runs_and_of_one_unit(tmp_path: Path) -> None:
     filled(tmp_path, 2, "first")
     floor = PrivacyFloor(total_epsilon=epsilon([replace(ONE, steps=30)], DELTA), total_delta=DELTA)
