@@ -271,10 +271,12 @@ def fixed_settings(config: Config, spec: AdapterSpec) -> dict[str, Any]:
         spec: For the base's hashes.
 
     Returns:
-        Base hashes and every setting that changes a bit. `rounds` may grow under a constant schedule.
+        Base hashes and every setting that changes a bit. `rounds` may grow under a constant schedule, unless the noise was
+        calibrated for them: rounds that are done would have had too little for the budget of more.
     """
     keys = [key for key in known_keys() if key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)]
-    if config.train.schedule == "constant":
+    calibrated = config.privacy.mode != "none" and config.privacy.noise_multiplier is None
+    if config.train.schedule == "constant" and not calibrated:
         keys.remove("rounds")
     fixed = {f"base {name} hash": value for name, value in spec.hashes.items()}
     fixed |= {key: value_of(config, key) for key in keys}

@@ -145,6 +145,23 @@ def test_more_rounds_can_be_added_under_a_constant_schedule(llama: Path, notes: 
     assert records(tmp_path / "grown") == records(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("mode", ["client-dp", "example-dp"])
+def test_rounds_that_the_noise_was_calibrated_for_stay(llama: Path, notes: Path, tmp_path: Path, mode: str) -> None:
+    """Two rounds had the noise of a budget of 8 for two; six more, with that for eight, would cost more than 8 in all."""
+    words = [
+        "train.schedule=constant", "train.local_steps=1", "strategy=ffa", f"privacy={mode}", "privacy.force=true",
+        "privacy.delta=1e-3", "train.batch_size=2",
+    ]  # fmt: skip
+    first = small(llama, notes, "rounds=2", "privacy.epsilon=8", f"output={tmp_path / 'run'}", *words)
+    simulate(first, Quiet())
+    with pytest.raises(CheckpointError, match="expected rounds 2 as the run began with, got 8"):
+        simulate(replace(first, rounds=8, resume=str(tmp_path / "run")), Quiet())
+    by_hand = small(llama, notes, "rounds=1", "privacy.noise_multiplier=2", f"output={tmp_path / 'hand'}", *words)
+    simulate(by_hand, Quiet())
+    more = simulate(replace(by_hand, rounds=2, resume=str(tmp_path / "hand")), Quiet())
+    assert more.summary["rounds"] == 2
+
+
 def test_fewer_rounds_than_done_is_refused(llama: Path, notes: Path, tmp_path: Path) -> None:
     words = ["train.schedule=constant", "train.local_steps=1", f"output={tmp_path / 'run'}"]
     done = simulate(small(llama, notes, "rounds=2", *words), Quiet())
