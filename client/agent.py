@@ -142,8 +142,11 @@ class Agent:
             self._account = self._opened(terms)
             self._last = last = spool.load()
             spec = self._spec(terms, spool)
-        self._worker.begin(terms.document, spec, last.state if last else {}, last.version if last else -1)
-        self._listener.held = (terms.run_id, last.version if last else -1)
+        # What came of training without noise, an optimizer's state say, has no place in an update that claims to be private.
+        unpaid = self._account is not None and last is not None and last.charge is None
+        state, version = ({}, -1) if last is None or unpaid else (last.state, last.version)
+        self._worker.begin(terms.document, spec, state, version)
+        self._listener.held = (terms.run_id, version)
         clear_others(self._settings.folder, terms.run_id)
         self._log("ready", last_finished_round=last.round if last else None)
         while True:

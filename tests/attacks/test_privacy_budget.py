@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,11 @@ class Paid(Synthetic):
     """A worker whose update is fresh noise, and whose mechanism is as the terms would have it."""
 
     asks: bool = True
+    given: list[tuple[dict[str, bytes], int]] = field(default_factory=list)
 
     def begin(self, terms: Mapping[str, Any], spec: AdapterSpec, state: Mapping[str, bytes], version: int) -> None:
         self.task = terms["task"]
+        self.given.append((dict(state), version))
 
     def train(self, instruction: Instruction, progress: Callable[[int], None], allow: Allow) -> Trained:
         noise = self.task.get("privacy.noise_multiplier") or 1.0
@@ -48,7 +50,7 @@ class Paid(Synthetic):
         if self.asks:
             allow(event)
         self.trained.append(instruction.round)
-        return Trained(os.urandom(64), {}, event)
+        return Trained(os.urandom(64), {"moments": b"%d" % instruction.round}, event)
 
 
 def liar(budget: float = 1000.0, run_id: str = RUN, **task: Any) -> Liar:
@@ -155,6 +157,24 @@ def test_an_update_without_noise_is_not_sent_when_the_run_turns_private(tmp_path
             assert one.asked(hub.train(2)) == "sent"
         assert len(hub.claims) == sent + 1
         assert [charge.event.round for charge in opened(tmp_path).charges] == [2]
+
+
+def test_no_state_of_training_without_noise_enters_a_private_round(tmp_path: Path) -> None:
+    """Moments of an optimizer are gradients of the data: kept from a round in the clear, they would be in the next update."""
+    with liar(1000.0, **{"privacy.mode": "none"}) as hub:
+        with site(hub, tmp_path, asks=False) as one:
+            assert one.asked(hub.train(1)) == "sent"
+            assert one.worker.given == [({}, -1)]
+        with site(hub, tmp_path, asks=False) as one:
+            assert one.asked(hub.train(2)) == "sent"
+            assert one.worker.given == [({"moments": b"1"}, 0)]  # while nothing is private it goes on with it
+        hub.terms = {**hub.terms, "task": {**hub.terms["task"], "privacy.mode": "example-dp"}}
+        with site(hub, tmp_path) as one:
+            assert one.asked(hub.train(3)) == "sent"
+            assert one.worker.given == [({}, -1)]
+        with site(hub, tmp_path) as one:
+            assert one.asked(hub.train(4)) == "sent"
+            assert one.worker.given == [({"moments": b"3"}, 0)]
 
 
 def test_bytes_that_were_forged_on_disk_are_not_sent(tmp_path: Path) -> None:
