@@ -49,6 +49,8 @@ class Encoder:
         task: `causal-lm` or `sequence-classification`.
         labels: Ordered label list.
         max_length: Most tokens of an example.
+        each_alone: Whether a row with a label that is not in the list gives nothing, as example-dp needs: labels are the
+            coordinator's to name, and an error would tell it whether any row has another.
     """
 
     tokenizer: Any
@@ -56,6 +58,7 @@ class Encoder:
     task: str
     labels: tuple[str, ...]
     max_length: int
+    each_alone: bool = False
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
         """Examples of all rows; a long plain text gives several windows, each token in exactly one.
@@ -70,7 +73,7 @@ class Encoder:
             DataError: If a label is not in the list, or messages are malformed.
         """
         if self.task == "sequence-classification":
-            made = [[example] for example in self._labelled(rows)]
+            made = self._labelled(rows)
         elif self.config.messages_column:
             made = [[self._chat(row[self.config.messages_column], number)] for number, row in enumerate(rows, 1)]
         elif self.config.prompt_column:
@@ -138,19 +141,19 @@ class Encoder:
         targets[:1] = False
         return _example(ids[: self.max_length], targets[: self.max_length])
 
-    def _labelled(self, rows: Sequence[Row]) -> list[Example]:
+    def _labelled(self, rows: Sequence[Row]) -> list[list[Example]]:
         index = {label: number for number, label in enumerate(self.labels)}
         texts = [str(row[self.config.text_column]) for row in rows]
         encoded = self._tokens(texts, add_special_tokens=True, truncation=True, max_length=self.max_length)
         examples = []
         for number, (row, ids) in enumerate(zip(rows, encoded, strict=True), 1):
             label = index.get(str(row[self.config.label_column]))
-            if label is None:
+            if label is None and not self.each_alone:
                 raise DataError(
                     f"data.label_column={self.config.label_column}: the label of row {number} is not in data.labels "
                     f"({len(self.labels)} labels). Add it there, or leave data.labels empty in a simulation."
                 )
-            examples.append(Example(ids, np.zeros(len(ids), bool), label))
+            examples.append([] if label is None else [Example(ids, np.zeros(len(ids), bool), label)])
         return examples
 
 

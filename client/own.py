@@ -43,11 +43,14 @@ def own_examples(config: Config, labels: tuple[str, ...], tokenizer: Any) -> Own
     data = config.data
     rows = load_rows(data.source, data)
     check_columns(rows, columns_of(config), f"data.source={data.source}")
-    train, tune, test = parts(rows, data, config.task, config.privacy.mode == "example-dp")
+    each_alone = config.privacy.mode == "example-dp"
+    train, tune, test = parts(rows, data, config.task, each_alone)
     if len(train) < config.partition.min_examples:
         raise DataError(
             f"data.source={data.source}: expected at least {config.partition.min_examples} training rows, got {len(train)}."
         )
-    encoder = Encoder(tokenizer, data, config.task, labels, config.train.max_length)
+    encoder = Encoder(tokenizer, data, config.task, labels, config.train.max_length, each_alone)
     held_out = encoder.examples(tune if config.evaluate.split == "tune" else test)[: config.evaluate.max_examples]
-    return OwnExamples(examples_of(encoder, train, data.source, "train"), held_out)
+    # No example at all is an error, but under example-dp: the length is the coordinator's, and it must not learn who is longer.
+    found = encoder.examples(train) if each_alone else examples_of(encoder, train, data.source, "train")
+    return OwnExamples(found, held_out)

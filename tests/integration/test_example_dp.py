@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from lamina.client.data import Example
-from lamina.client.loading import BaseOptions, load_base
+from lamina.client.loading import BaseOptions, load_base, load_tokenizer
 from lamina.client.model import Base, put, take, trainable_parameters
+from lamina.client.own import own_examples
 from lamina.client.policy import Policy
 from lamina.client.private import train as module
 from lamina.client.private.deployed import private as private_of
@@ -23,8 +24,8 @@ from lamina.client.train import Task
 from lamina.client.worker import SiteWorker
 from lamina.protos.blobs import blob
 from lamina.protos.codec import decode_update
-from lamina.protos.config import TrainConfig
-from lamina.protos.errors import ConfigError, PolicyRefused, TrainingError
+from lamina.protos.config import PrivacyConfig, TrainConfig
+from lamina.protos.errors import ConfigError, DataError, PolicyRefused, TrainingError
 from lamina.protos.messages import Update
 from lamina.protos.privacy.accounting import epsilon
 from lamina.protos.privacy.events import Event
@@ -338,6 +339,21 @@ def test_a_site_trains_with_secret_noise_and_tells_no_figures(tmp_path: Path) ->
 def test_a_site_that_declares_too_little_does_not_begin(tmp_path: Path, words: list[str], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         worker(tmp_path, *words)
+
+
+def test_no_setting_of_a_coordinator_asks_whether_any_row_has_something(tmp_path: Path) -> None:
+    """Labels and length are the coordinator's. An error for one row with another label, or none long enough, would be an exact
+    answer about rows that no noise covers; so such rows give nothing, each by itself, and the site trains on the rest.
+    """
+    data = texts.write_jsonl(tmp_path / "rows.jsonl", [{"text": f"row {n}", "label": "ab"[n % 2]} for n in range(60)])
+    tokenizer, private = load_tokenizer(str(TINY)), ["privacy=example-dp", "privacy.epsilon=8", f"data.source={data}"]
+    labelled = config_of([*private, "task=sequence-classification"])
+    all_rows, some = (own_examples(labelled, labels, tokenizer).train for labels in (("a", "b"), ("a", "c")))
+    assert len(all_rows) > len(some) > 0
+    assert {one.label for one in some} == {0}
+    assert own_examples(labelled, ("c", "d"), tokenizer).train == []
+    with pytest.raises(DataError, match="is not in data.labels"):
+        own_examples(replace(labelled, privacy=PrivacyConfig()), ("a", "c"), tokenizer)
 
 
 def test_the_rounds_are_those_of_the_terms() -> None:
