@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lamina.protos.config import Config, weighting_of
 from lamina.protos.errors import ConfigError
 from lamina.protos.privacy import accounting
+from lamina.protos.privacy.mechanism import LEAST_CLIP
 from lamina.protos.privacy.noise import Stream
 from lamina.protos.spec import AdapterSpec
 from lamina.strategies.base import Strategy
@@ -70,11 +71,22 @@ def _settings(config: Config) -> list[str]:
 
 
 def _local(config: Config) -> list[str]:
+    """What example-dp does not go with; sites would refuse it, each for itself."""
     wrong = []
     if config.privacy.secagg and config.privacy.epsilon is None:
         wrong.append(
             "privacy.secagg=true with privacy.mode=example-dp: expected privacy.epsilon, which stands for what was spent where "
             "no single claim is seen, got none. Set it beside or instead of privacy.noise_multiplier."
+        )
+    if config.train.max_grad_norm < LEAST_CLIP:
+        wrong.append(
+            f"train.max_grad_norm={config.train.max_grad_norm:g}: expected a bound of at least {LEAST_CLIP:g} under "
+            "privacy.mode=example-dp, to which each gradient is clipped. Set it, such as 1.0."
+        )
+    if config.privacy.epsilon is None and config.coordinator.spec:
+        wrong.append(
+            "privacy.epsilon: expected the budget of the campaign, which each site keeps, got none; privacy.noise_multiplier alone "
+            "is enough in a simulation only. Set privacy.epsilon, such as 8."
         )
     if config.privacy.unit == "user" and not config.data.user_column and not config.coordinator.spec:
         wrong.append(

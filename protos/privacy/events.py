@@ -75,7 +75,9 @@ def from_json(document: Mapping[str, Any], where: str) -> Event:
         numbers = {name: _number(document[name]) for name in ("noise_multiplier", "sample_rate", "clip")}
         counts = {name: _count(document[name]) for name in ("round", "steps")}
         event = Event(client_id=document["client_id"], unit=document["unit"], **numbers, **counts)  # type: ignore[arg-type]
-        if not (NOISE[0] <= event.noise_multiplier <= NOISE[1] and LEAST_RATE <= event.sample_rate <= 1 and event.clip > 0):
+        if not (
+            NOISE[0] <= event.noise_multiplier <= NOISE[1] and LEAST_RATE <= event.sample_rate <= 1 and event.clip > 0
+        ):
             raise ValueError("another noise_multiplier, sample_rate or clip")
         return event
     except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -202,7 +202,13 @@ def test_a_yaml_file_with_a_wrong_key_is_named(tmp_path: Path, capsys: Capture) 
 
 def test_a_site_declares_its_own_public_number_and_nothing_else_of_privacy(tmp_path: Path, capsys: Capture) -> None:
     """Without that key no site could take part under example-dp at all; mode and noise are the coordinator's terms."""
-    words = ["client", "insecure=true", "client.name=0", "client.coordinator=127.0.0.1:1", f"data={tmp_path / 'no.jsonl'}"]
+    words = [
+        "client",
+        "insecure=true",
+        "client.name=0",
+        "client.coordinator=127.0.0.1:1",
+        f"data={tmp_path / 'no.jsonl'}",
+    ]
     assert "no.jsonl: expected a file" in failed(here(capsys, *words, "privacy.nominal_examples=60"))
     for other in ("privacy=none", "privacy.epsilon=8", "privacy.noise_multiplier=1"):
         assert "the coordinator decides that for all sites" in failed(here(capsys, *words, other))

@@ -10,6 +10,8 @@ import pytest
 from lamina.protos import compose
 from lamina.protos.config import Config, checked, weighting_of
 from lamina.protos.errors import ConfigError
+from lamina.protos.privacy import accounting
+from lamina.protos.privacy.mechanism import example_dp
 from lamina.protos.privacy.noise import seeded
 from lamina.protos.spec import AdapterSpec
 from lamina.server import campaign as campaigns
@@ -92,6 +94,25 @@ def test_what_client_dp_does_not_go_with(overrides: list[str], reason: str, inst
 def test_a_mode_needs_a_budget_or_a_noise(mode: str) -> None:
     with pytest.raises(ConfigError, match=r"expected privacy\.epsilon"):
         made("strategy=ffa", f"privacy={mode}")
+
+
+def test_what_every_site_would_refuse_is_refused_at_the_coordinator() -> None:
+    private = ("privacy=example-dp", "strategy=ffa")
+    for bound in ("0", "1e-09"):
+        with pytest.raises(ConfigError, match=rf"train\.max_grad_norm={bound}.*: expected a bound of at least 1e-06"):
+            made(*private, "privacy.epsilon=8", f"train.max_grad_norm={bound}")
+    assert made(*private, "privacy.noise_multiplier=2").plan is None
+    with pytest.raises(ConfigError, match="the budget of the campaign, which each site keeps, got none"):
+        made(*private, "privacy.noise_multiplier=2", "coordinator.spec=spec.json")
+
+
+def test_a_site_calibrates_its_noise_for_all_rounds_together() -> None:
+    """At rate 64/2000, 600 steps in 20 rounds need 0.81 for epsilon 8; the noise for one round alone would cost 25."""
+    words = ["privacy=example-dp", "privacy.epsilon=8", "rounds=20", "train.local_steps=30", "train.batch_size=64"]
+    found = example_dp(configured(*words), 2000)
+    assert found.noise_multiplier == pytest.approx(0.81, rel=0.01)
+    campaign = [found.event("0", number) for number in range(1, 21)]
+    assert 7.9 < accounting.epsilon(campaign, 1e-5) == pytest.approx(found.epsilon) <= 8.0
 
 
 def test_example_dp_goes_with_any_strategy_and_not_with_weights_by_private_counts() -> None:
