@@ -85,8 +85,8 @@ def _local(config: Config) -> list[str]:
         )
     if config.privacy.epsilon is None and config.coordinator.spec:
         wrong.append(
-            "privacy.epsilon: expected the budget of the campaign, which each site keeps, got none; privacy.noise_multiplier alone "
-            "is enough in a simulation only. Set privacy.epsilon, such as 8."
+            "privacy.epsilon: expected the budget of the campaign, which each site keeps, got none; privacy.noise_multiplier "
+            "alone is enough in a simulation only. Set privacy.epsilon, such as 8."
         )
     if config.privacy.unit == "user" and not config.data.user_column and not config.coordinator.spec:
         wrong.append(

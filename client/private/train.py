@@ -136,8 +136,8 @@ def _check(mechanism: Mechanism) -> None:
     noise, clip = mechanism.noise_multiplier, mechanism.max_grad_norm
     if not (0 < noise < math.inf and LEAST_CLIP <= clip < math.inf):
         raise ConfigError(
-            f"privacy.mode=example-dp: expected a positive finite noise multiplier and train.max_grad_norm >= {LEAST_CLIP:g}, got "
-            f"{noise} and {clip}. Without noise nothing is private: set privacy.epsilon, or privacy.mode=none."
+            f"privacy.mode=example-dp: expected a positive finite noise multiplier and train.max_grad_norm >= {LEAST_CLIP:g}, "
+            f"got {noise} and {clip}. Without noise nothing is private: set privacy.epsilon, or privacy.mode=none."
         )
     if not (0 < mechanism.sample_rate <= 1 and 0 < mechanism.expected_units < math.inf and mechanism.user_rows >= 1):
         raise ConfigError(

@@ -64,6 +64,12 @@ def site(of: Liar, folder: Path, policy: Policy | None = None, asks: bool = True
     return Site(of, folder, policy or Policy(), Paid("north", asks=asks))
 
 
+def given(one: Site) -> list[tuple[dict[str, bytes], int]]:
+    """State and version that the site's worker began with."""
+    assert isinstance(one.worker, Paid)
+    return one.worker.given
+
+
 def within(folder: Path, of: Liar) -> Ledger:
     """The ledger; all that left is in it."""
     ledger = opened(folder)
@@ -164,17 +170,17 @@ def test_no_state_of_training_without_noise_enters_a_private_round(tmp_path: Pat
     with liar(1000.0, **{"privacy.mode": "none"}) as hub:
         with site(hub, tmp_path, asks=False) as one:
             assert one.asked(hub.train(1)) == "sent"
-            assert one.worker.given == [({}, -1)]
+            assert given(one) == [({}, -1)]
         with site(hub, tmp_path, asks=False) as one:
             assert one.asked(hub.train(2)) == "sent"
-            assert one.worker.given == [({"moments": b"1"}, 0)]  # while nothing is private it goes on with it
+            assert given(one) == [({"moments": b"1"}, 0)]  # while nothing is private it goes on with it
         hub.terms = {**hub.terms, "task": {**hub.terms["task"], "privacy.mode": "example-dp"}}
         with site(hub, tmp_path) as one:
             assert one.asked(hub.train(3)) == "sent"
-            assert one.worker.given == [({}, -1)]
+            assert given(one) == [({}, -1)]
         with site(hub, tmp_path) as one:
             assert one.asked(hub.train(4)) == "sent"
-            assert one.worker.given == [({"moments": b"3"}, 0)]
+            assert given(one) == [({"moments": b"3"}, 0)]
 
 
 def test_bytes_that_were_forged_on_disk_are_not_sent(tmp_path: Path) -> None:

@@ -352,7 +352,7 @@ def test_no_setting_of_a_coordinator_asks_whether_any_row_has_something(tmp_path
     assert len(all_rows) > len(some) > 0
     assert {one.label for one in some} == {0}
     assert own_examples(labelled, ("c", "d"), tokenizer).train == []
-    with pytest.raises(DataError, match="is not in data.labels"):
+    with pytest.raises(DataError, match=r"is not in data\.labels"):
         own_examples(replace(labelled, privacy=PrivacyConfig()), ("a", "c"), tokenizer)
 
 

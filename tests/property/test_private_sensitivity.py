@@ -112,7 +112,7 @@ def test_gradients_too_small_for_a_norm_in_float32_are_no_way_around_the_bound(b
     for too_small in (LEAST_CLIP / 2, 1e-30, 5e-324):
         mechanism = Mechanism("record", 1.0, 8.0, 1.0, too_small, 1, 1, 0.0, 1e-5)
         private = Private(mechanism, 8, lambda *names: seeded(0, *names))
-        with pytest.raises(ConfigError, match="train.max_grad_norm >= 1e-06"):
+        with pytest.raises(ConfigError, match=r"train\.max_grad_norm >= 1e-06"):
             train_privately(base, [*one[0].examples], task(local_steps=1), private, Adapter())
 
 
