@@ -117,8 +117,10 @@ def _headline(run: Run) -> str:
     if measured:
         loss, worst = max(measured, key=lambda one: one[0])
         rows.append(("Worst client", num(loss), f"{escape(worst)}, from {num(worst.before)}"))
-    clock = f"train {duration(get('seconds.train'))} over all {'sites' if run.deployed else 'clients'}"
-    clock += "".join(f", {word} {duration(get(f'seconds.{word}'))}" for word in ("aggregate", "evaluate"))
+    parts = [f"{word} {duration(get(f'seconds.{word}'))}" for word in ("aggregate", "evaluate")]
+    if not get("privacy"):  # else clients do not tell how long they trained
+        parts.insert(0, f"train {duration(get('seconds.train'))} over all {'sites' if run.deployed else 'clients'}")
+    clock = ", ".join(parts)
     rows += [
         ("Sent up", size(get("communication.bytes_up")), "updates, over all clients and rounds"),
         ("Sent down", size(get("communication.bytes_down")), "releases, over all clients and rounds"),
