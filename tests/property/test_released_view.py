@@ -63,12 +63,12 @@ def seen_by(name: str, federation: Federation) -> tuple[Release, Sequence[Update
         campaign = campaign_of(name, federation)
         (played,) = rounds_of(campaign, federation, [federation.members])
         sent = released(campaign, blob, played.after, {me.client_id: me.budget(0)})
-        release = started(campaign, sent[me.client_id])
+        release, updates = started(campaign, sent[me.client_id]), played.updates
     else:
         strategy = strategy_of(name, federation)
-        (played,) = play(strategy, federation, [federation.members])
-        release = strategy.release(played.after, me.budget(0))
-    return release, [update for update in played.updates if update.client_id != me.client_id]
+        (one,) = play(strategy, federation, [federation.members])
+        release, updates = strategy.release(one.after, me.budget(0)), one.updates
+    return release, [update for update in updates if update.client_id != me.client_id]
 
 
 def view_of(name: str) -> str:
