@@ -333,7 +333,7 @@ def test_a_site_trains_with_secret_noise_and_tells_no_figures(tmp_path: Path) ->
         (["privacy.nominal_examples=3"], "privacy.nominal_examples=3: expected at least"),
         (["privacy.nominal_examples=many"], "privacy.nominal_examples: expected integers"),
         (["privacy.nominal_examples=[60,60]"], "privacy.nominal_examples: expected one entry"),
-        (["privacy.nominal_examples=20000"], "privacy.delta=0.0001: expected less than 1"),
+        (["privacy.nominal_examples=20000"], "privacy.delta=0.0001: expected less than 5e-05"),
     ],
 )
 def test_a_site_that_declares_too_little_does_not_begin(tmp_path: Path, words: list[str], match: str) -> None:

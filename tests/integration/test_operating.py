@@ -79,7 +79,8 @@ def test_the_coordinators_own_log_says_who_came_and_who_ordered_what(
     assert {"event": "resumed", "by": "operator"} in said
     assert {"event": "registered", "client": "west", "rank": 2} in said
     rejected = [one for one in said if one["event"] == "rejected"]
-    assert rejected == [{"event": "rejected", "round": n, "client": "west", "reason": "failed"} for n in (1, 2)]
+    failed = {"client": "west", "reason": "failed", "code": "training"}
+    assert rejected == [{"event": "rejected", "round": n, **failed} for n in (1, 2)]
     opened = [one for one in said if one["event"] == "opened"]
     assert opened == [{"event": "opened", "round": n, "asked": sorted(deployment.NAMES)} for n in (1, 2)]
 
