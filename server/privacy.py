@@ -107,6 +107,11 @@ def _central(config: Config, strategy: Strategy) -> list[str]:
             f"privacy.mode=client-dp: strategy={strategy.name} {why}. Set strategy=ffa, alternate or core, or "
             "privacy.mode=example-dp, which goes with any strategy."
         )
+    if config.aggregation.weights == "nominal" and config.aggregation.full_weight is None:
+        wrong.append(
+            "aggregation.weights=nominal with privacy.mode=client-dp: expected aggregation.full_weight, the public number of "
+            "examples beyond which more count no more, got none. Set it, or aggregation.weights=auto."
+        )
     if privacy.unit == "user":
         wrong.append(
             "privacy.unit=user with privacy.mode=client-dp: its unit is a whole client. Set privacy.unit=record, which it "

@@ -75,6 +75,7 @@ def test_ten_silos_are_refused_and_told_what_would_work() -> None:
         (["strategy=zeropad"], "common coordinates", "strategy=ffa"),
         (["strategy=ffa", "aggregation.weights=num_examples"], "private, too", "aggregation.weights=auto"),
         (["strategy=ffa", "aggregation.weights=contributors"], "who answers", "aggregation.weights=auto"),
+        (["strategy=ffa", "aggregation.weights=nominal"], "full_weight", "aggregation.weights=auto"),
         (["strategy=ffa", "clients.carry_rounds=1"], "two rounds", "clients.carry_rounds=0"),
         (["strategy=ffa", "clients.over_selection=0.5", "clients.fraction=0.5"], "fast enough", "over_selection=0"),
         (["strategy=ffa", "keep_updates=true"], "no noise yet", "keep_updates=false"),
