@@ -41,7 +41,8 @@ def mechanisms(
             "public; a deployment would not start"
         )
     found = {}
-    say(f"privacy: calibrating the noise of {len(declared)} clients, some seconds for each that differs")
+    if config.privacy.noise_multiplier is None:
+        say(f"privacy: calibrating the noise of {len(declared)} clients, some seconds for each that differs")
     for client, nominal in declared.items():
         mechanism = example_dp(config, nominal, f"client {client}: privacy.nominal_examples")
         found[client] = Private(mechanism, nominal or 0, partial(seeded, config.seed))
