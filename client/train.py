@@ -44,6 +44,19 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.learning_rate * warm * cosine
 
 
+def set_rate(optimizer: torch.optim.Optimizer, task: Task, step: int) -> None:
+    """Set the rate of one step of a client's round.
+
+    Args:
+        optimizer: Changed in place.
+        task: Round, rounds, schedule.
+        step: From 0, in the round.
+    """
+    done = (task.round - 1) * task.config.local_steps
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(task.config, done + step, task.rounds * task.config.local_steps)
+
+
 def batches(examples: Sequence[Example], size: int, rng: np.random.Generator) -> Iterator[list[Example]]:
     """Endless batches, each pass over the examples in a new order.
 
@@ -117,12 +130,11 @@ def train(
         restore(optimizer, parameters, kept)
     torch.manual_seed(seeds.integer(task.seed, "dropout", task.client_id, task.round))
     stream = batches(examples, config.batch_size, seeds.stream(task.seed, "batches", task.client_id, task.round))
-    first, step_losses, tokens = (task.round - 1) * config.local_steps, [], 0
+    step_losses, tokens = [], 0
     anchor = anchored(start, base) if config.proximal > 0 else {}
     with training_mode(base):
         for step in range(config.local_steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, first + step, task.rounds * config.local_steps)
+            set_rate(optimizer, task, step)
             drawn = [next(stream) for _ in range(config.accumulation)]
             loss, count = _step(base, _cut(drawn, config.micro_batch), task, anchor, step)
             if config.max_grad_norm > 0:

@@ -28,7 +28,7 @@ def check(config: Config, strategy: Strategy) -> None:
     """Raise for a combination that would not be what the privacy mode says.
 
     Args:
-        config: A checked config.
+        config: A checked config; what secure sums do not go with was refused when it was checked.
         strategy: Its aggregation method.
 
     Raises:
@@ -40,11 +40,6 @@ def check(config: Config, strategy: Strategy) -> None:
         wrong += _central(config, strategy)
     if mode == "example-dp":
         wrong += _local(config)
-    if config.privacy.secagg and strategy.released_view == "all_raw":
-        wrong.append(
-            f"privacy.secagg=true: strategy={strategy.name} shows every client every update, so there is no sum to hide behind. "
-            "Set strategy=ffa, or privacy.secagg=false with privacy.mode=example-dp."
-        )
     if wrong:
         raise ConfigError("\n".join(wrong))
 

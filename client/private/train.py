@@ -28,11 +28,11 @@ from lamina.client.train import (
     Task,
     anchored,
     autocast,
-    learning_rate,
     optimizer_of,
     proximal_term,
     restore,
     saved,
+    set_rate,
 )
 from lamina.protos.adapter import Adapter
 from lamina.protos.errors import ConfigError, TrainingError
@@ -94,12 +94,10 @@ def train_privately(
     units = units_of(examples, mechanism.unit)
     sampling = private.stream("sampling", task.client_id, task.round)
     noise = private.stream("noise", task.client_id, task.round)
-    first = (task.round - 1) * config.local_steps
     anchor = anchored(start, base) if config.proximal > 0 else {}
     with training_row_by_row(base), tested(base, parameters, task) as sheet:
         for step in range(mechanism.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, first + step, task.rounds * config.local_steps)
+            set_rate(optimizer, task, step)
             shares = drawn(units, mechanism.sample_rate, mechanism.user_rows, sampling)
             total, loss = clipped_sum(base, sheet, shares, task, mechanism.max_grad_norm)
             _give_gradients(parameters, total, mechanism, noise)
