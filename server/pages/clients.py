@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lamina.server.pages.charts import Axis, Scale, dot_row, escape, fit, tick_row, usable
+from lamina.protos.pages.charts import Axis, Scale, escape, fit, usable
+from lamina.protos.pages.rows import dot_row, tick_row
+from lamina.protos.pages.tables import change, num, section, table
 from lamina.server.pages.loading import Client, Run
-from lamina.server.pages.tables import change, num, section, table
 
 
 def label(client: Client) -> str:
