@@ -4,9 +4,9 @@ text never shrinks. Colours are the classes of `charts.STYLE`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from lamina.protos.pages.charts import STEPS, Scale, escape, usable
+from lamina.protos.pages.charts import STEPS, Axis, Scale, escape, fit, usable
 
 
 def _row(body: str, height: int, tip: str = "") -> str:
@@ -64,15 +64,31 @@ def span_row(
     for level in filter(usable, marks):
         at = f"{scale.at(level):.2f}%"
         parts.append(f'<line class="axis mark" x1="{at}" x2="{at}" y1="5" y2="25"/>')
-    for value, style in dots:
+    for value, style in reversed(dots):
         if usable(value):
-            parts.append(f'<circle class="{style}" cx="{scale.at(value):.2f}%" cy="15" r="4.5"/>')
+            radius = 6 if "open" in style else 4.5  # a ring shows around a dot at the same place
+            parts.append(f'<circle class="{style}" cx="{scale.at(value):.2f}%" cy="15" r="{radius}"/>')
     return _row("".join(parts), 30, tip)
 
 
 def _grid(scale: Scale) -> str:
     places = [f"{scale.at(value):.2f}%" for value, _ in scale.ticks(4)]
     return "".join(f'<line class="grid" x1="{at}" x2="{at}" y1="0" y2="30"/>' for at in places)
+
+
+def scaled(values: Iterable[float | None], title: str, axis: Axis | None = None) -> tuple[Scale, str]:
+    """A scale for a column of rows that holds the values, and the head of the column.
+
+    Args:
+        values: What the rows show.
+        title: What the axis shows, with its unit, for screen readers.
+        axis: Its kind and bounds; linear and free without.
+
+    Returns:
+        The scale, in percent of the width, and its ticks as one `<svg>` element.
+    """
+    scale = fit(values, axis or Axis(""), 3, 97)
+    return scale, tick_row([(scale.at(value), text) for value, text in scale.ticks(4)], title)
 
 
 def tick_row(marks: Sequence[tuple[float, str]], title: str) -> str:
