@@ -25,7 +25,7 @@ demo: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pydoclint --quiet protos strategies server client simulations
+	$(BIN)/pydoclint --quiet protos strategies server client simulations audits
 	PYTHONPATH=. $(BIN)/lint-imports
 
 types: $(STAMP)
