@@ -7,7 +7,8 @@ and the ranks of the others.
 - `coordinator`: each client's update, and what it started from; slots that a release did not fill are drawn from the seed.
 - `peer`: its own releases and updates. Under `stack` a release holds the others' factors side by side. Where factors keep
   their slots (`ffa`, `alternate`, `core`, `fedavg`, `zeropad`) two successive releases differ by the mean change; elsewhere
-  by the product of one, cut to the peer's rank.
+  by the product of one, cut to the peer's rank. Where that is not cut (`residual`), the rows that the others drew from the
+  run's seed show what each of them changed, see `_isolated`.
 - `secagg-coordinator`: the weighted sum of the clients' changes, where the strategy needs no more.
 - `outsider`: the final adapter, without the seed.
 """
@@ -35,6 +36,8 @@ Party = Literal["peer", "coordinator", "secagg-coordinator", "outsider"]
 PARTIES: tuple[Party, ...] = ("peer", "coordinator", "secagg-coordinator", "outsider")
 IN_SLOTS = ("ffa", "alternate", "core", "fedavg", "zeropad")
 _PEFT = "base_model.model."
+_RANK = 1e-6  # of float32 factors
+_CUT = 1e-4  # the part of one's own rows that a release which was not cut may miss, by rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +49,7 @@ class Change:
         rows: (r, d_in), the change of A.
         columns: (d_out, r), the change of B (of B C where a core is trained), times a positive number that is not known.
         product: (d_out, R) and (R, d_in) whose product is that of the change, where factors are not seen.
-        known: (k, d_in), rows that such a product has whatever the text was.
+        known: (k, d_in), rows that do not depend on the text, or hide it: what is seen holds off their span alone. None for no such.
     """
 
     start: LoraFactors | None = None
@@ -199,8 +202,16 @@ def start_of(release: Adapter, trained: Adapter, client: str, round_number: int,
     return Adapter(lora)
 
 
-def _changes(start: Adapter, trained: Adapter) -> dict[str, Change]:
-    """What changed of each factor."""
+def changes_of(start: Adapter, trained: Adapter) -> dict[str, Change]:
+    """What changed of each factor.
+
+    Args:
+        start: What training started from.
+        trained: What it ended with, of the same ranks.
+
+    Returns:
+        Module -> the change in its slots, float64.
+    """
     return {
         module: Change(
             start=start.lora[module],
@@ -227,7 +238,7 @@ def coordinator(rounds: Sequence[KeptRound], config: Config) -> View:
     for one in rounds:
         for client in one.clients:
             start = start_of(one.releases[client], one.updates[client], client, one.number, config.seed)
-            seen.append(Seen("coordinator", (client,), (one.number,), _changes(start, one.updates[client])))
+            seen.append(Seen("coordinator", (client,), (one.number,), changes_of(start, one.updates[client])))
     return View(tuple(seen), "every client's update, and what it started from")
 
 
@@ -247,7 +258,7 @@ def secagg_coordinator(rounds: Sequence[KeptRound], config: Config, cohorts: Map
     seen = []
     for one in rounds:
         clients = tuple(sorted(cohorts.get(one.number, one.clients)))
-        changes = _changes(*_only(one)) if config.privacy.secagg else _summed(one)
+        changes = changes_of(*_only(one)) if config.privacy.secagg else _summed(one)
         seen.append(Seen("secagg-coordinator", clients, (one.number,), changes))
     how = "what it saw" if config.privacy.secagg else "what it would have seen under privacy.secagg=true"
     return View(tuple(seen), f"{how}: the weighted sum of all changes")
@@ -298,12 +309,18 @@ def peer(rounds: Sequence[KeptRound], config: Config, client: str) -> View:
         elif others:
             between = _in_slots if name in IN_SLOTS else _products
             seen.append(Seen("peer", others, (one.number,), between(one, following, client, config)))
+            if name not in IN_SLOTS and len(others) > 1:
+                seen.extend(_isolated(one, following, client, config))
     if not seen:
         return View((), f"client {client} was sent nothing that others' training had entered: its rounds do not follow each other")
     if name == "stack":
         return View(tuple(seen), "strategy=stack sends every client's own factors to every other")
-    alone = "; of two clients, what is left is the other's alone" if seen[0].individual else ""
-    return View(tuple(seen), f"the difference of successive releases, without the client's own part{alone}")
+    why = "the difference of successive releases, without the client's own part"
+    if seen[0].individual:
+        why += "; of two clients, what is left is the other's alone"
+    elif any(one.individual for one in seen):
+        why += "; and each other client's first change of A, as its start is drawn from the run's seed and the release is not cut"
+    return View(tuple(seen), why)
 
 
 def _blocks(one: KeptRound, frozen: Adapter, others: Sequence[str], seed: int) -> list[Seen]:
@@ -319,7 +336,7 @@ def _blocks(one: KeptRound, frozen: Adapter, others: Sequence[str], seed: int) -
             if client in found:
                 block = LoraFactors(stacked.A[end - rank : end], stacked.B[:, end - rank : end])
                 start = start_of(EMPTY, Adapter({module: block}), client, one.number, seed)
-                found[client] |= _changes(start, Adapter({module: block}))
+                found[client] |= changes_of(start, Adapter({module: block}))
     return [Seen("peer", (client,), (one.number,), changes) for client, changes in found.items() if changes]
 
 
@@ -351,6 +368,40 @@ def _products(one: KeptRound, following: KeptRound, client: str, config: Config)
             known=np.concatenate(known),
         )
     return found
+
+
+def _isolated(one: KeptRound, following: KeptRound, client: str, config: Config) -> list[Seen]:
+    """Each other client's change of A, off the rows V of the next release.
+
+    The rows A_k that a client ended with lie in V, where V is not cut; it started from A_k - D_k, which everyone can draw. What of
+    that is off V is what of -D_k is. Whether V is cut, the peer sees by its own rows.
+    """
+    found = []
+    for other in (other for other in one.clients if other != client):
+        changes = {}
+        for module, trained in one.updates[other].lora.items():
+            drawn, held = _drawn(one, other, module, config.seed), _parts(following, client, module)
+            mine = one.updates[client].lora.get(module)
+            if mine is None or not held or len(drawn) < trained.rank:
+                continue
+            within = _basis(np.concatenate([part.A for part in held]))
+            if len(within) < trained.shape[1] and np.linalg.norm(_off(mine.A, within)) < _CUT * np.linalg.norm(mine.A):
+                changes[module] = Change(rows=-_off(drawn, within), known=within)
+        if changes:
+            found.append(Seen("peer", (other,), (one.number,), changes))
+    return found
+
+
+def _basis(rows: Array) -> Array:
+    """Orthonormal rows of the same span."""
+    _, sizes, directions = np.linalg.svd(np.asarray(rows, np.float64), full_matrices=False)
+    return np.asarray(directions[sizes > _RANK * sizes[0]])
+
+
+def _off(rows: Array, basis: Array) -> Array:
+    """What of some rows is not in the span of a basis."""
+    wide = np.asarray(rows, np.float64)
+    return np.asarray(wide - (wide @ basis.T) @ basis)
 
 
 def _parts(one: KeptRound, client: str, module: str) -> list[LoraFactors]:

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from lamina.audits.reconstruction.inputs import Inputs
 from lamina.audits.views import Change, Seen
-from lamina.strategies.factors import Pair
 
 Matrix = NDArray[np.float64]
 Scores = NDArray[np.float64]
@@ -56,34 +55,36 @@ def evidence(changes: Mapping[str, Change], modules: Sequence[str]) -> list[list
         modules: Those that take in the inputs.
 
     Returns:
-        Families, of one kind each: A's changes of all modules as one span, B's of each module, products' of each. None for what did
-        not change.
+        Families, of one kind each: A's changes of all modules as one span, B's by module, and what is seen in part. None for what
+        did not change.
     """
     there = [changes[module] for module in modules if module in changes]
-    rows = [one.rows for one in there if one.rows is not None and _moved(one.rows)]
+    rows = [one.rows for one in there if one.rows is not None and one.known is None and _moved(one.rows)]
     families = [[Evidence(np.concatenate(rows))]] if rows else []
+    partly = [_off_the_known(one.rows, one.known) for one in there if one.rows is not None and one.known is not None]
     columns = [
         Evidence(one.columns, one.start.A.astype(np.float64))
         for one in there
         if one.columns is not None and one.start is not None and _moved(one.columns)
     ]
-    products = [_off_the_known(one.product, one.known) for one in there if one.product is not None]
-    return families + [some for some in (columns, [one for one in products if _moved(one.rows)]) if some]
+    partly += [
+        _off_the_known(np.linalg.qr(one.product[0], mode="r") @ one.product[1], one.known)
+        for one in there
+        if one.product is not None
+    ]
+    return families + [some for some in (columns, [one for one in partly if _moved(one.rows)]) if some]
 
 
 def _moved(change: Matrix) -> bool:
     return bool(change.size) and float(np.abs(change).max()) > _NOTHING
 
 
-def _off_the_known(product: Pair, known: Matrix | None) -> Evidence:
-    """The rows of a product, without what lies in the span of rows that it has in any case."""
-    left, right = product
-    rows = np.linalg.qr(left, mode="r") @ right
+def _off_the_known(rows: Matrix, known: Matrix | None) -> Evidence:
+    """Rows without what lies in the span of others."""
     if known is None or not len(known):
         return Evidence(rows)
     _, sizes, directions = np.linalg.svd(np.asarray(known, np.float64))
-    rank = int((sizes > 1e-6 * sizes[0]).sum())
-    free = directions[rank:]
+    free = directions[int((sizes > 1e-6 * sizes[0]).sum()) :]
     return Evidence(rows @ free.T, free)
 
 
