@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lamina import __version__
-from lamina.audits import client_canaries, defences, document, extraction, mechanism, novelty, remembered, scene
+from lamina.audits import client_canaries, defences, document, mechanism, remembered, scene
 from lamina.audits import verdict as verdicts
+from lamina.audits.estimators.one_shot import beyond
 from lamina.audits.mechanism import Check
 from lamina.audits.reconstruction import attack as reconstruction
 from lamina.audits.scene import Scene
@@ -87,7 +88,7 @@ def audit(
     if claim is not None and membership is not None and claim["unit"] != "client":
         checks.append(remembered.beyond_claim(claim, membership))
     if (clients := canaries.get("client_canaries")) is not None:
-        checks.append(client_canaries.check(clients))
+        checks.append(remembered.beyond_ledger(clients))
     word, reasons = verdicts.verdict(claim, checks, one_run)
     made = {
         "schema": 1,
@@ -194,7 +195,9 @@ def _canaries(work: Work, progress: Progress) -> tuple[Json | None, str]:
     found = work.scene
     if found.config.privacy.mode == "client-dp" and found.origin == "campaign":
         done = client_canaries.client_canaries(found.config, work.folder, 40 if work.settings.quick else 100, progress)
-        result = remembered.of_canaries(found, work.settings) | {"client_canaries": client_canaries.json_of(done)}
+        result = remembered.of_canaries(found, work.settings) | {
+            "client_canaries": {**client_canaries.json_of(done), "beyond": beyond(done.found, done.analytic)}
+        }
         return result, f"canary clients: epsilon about {done.found.epsilon:.3g}, by the ledger {done.analytic:.3g}"
     if not found.canaries:
         return None, "none in this run: a campaign of the audit's own has them"
@@ -213,17 +216,39 @@ def _membership(work: Work, progress: Progress) -> tuple[Json | None, str]:
 
 
 def _reconstruction(work: Work, progress: Progress) -> tuple[Json | None, str]:
-    found = work.scene
-    result = reconstruction.reconstruct(found, work.settings, progress)
+    seen = work.scene
+    if seen.origin == "campaign":
+        seen = scene.close_up(seen, work.folder)
+    result = rebuilt(seen, work.settings, progress)
     line = ", ".join(
         f"{view} {one['recall']:.2f} (chance {one['chance']:.2f})" for view, one in result.items() if one["recall"] is not None
     )
     return result, f"recall of tokens: {line}" if line else "nothing to reconstruct from"
 
 
+def rebuilt(found: Scene, settings: Settings, progress: Progress) -> Json:
+    """What each party could rebuild of the text.
+
+    Args:
+        found: Any scene.
+        settings: For the size.
+        progress: Told how much is done.
+
+    Returns:
+        `reconstruction` of audit.json; empty where no updates can be looked at.
+    """
+    if found.origin == "not kept" or not found.run.kept:
+        return {}
+    how = reconstruction.QUICK if settings.quick else reconstruction.Settings(seed=found.config.seed)
+    base, examples = found.prepared.base, found.prepared.train
+    result = reconstruction.reconstruct(found.run.path, found.config, base, examples, how, progress)
+    return reconstruction.document(result)
+
+
 def _extraction(work: Work, progress: Progress) -> tuple[Json | None, str]:
     if work.scene.config.task != "causal-lm":
         return None, "a classifier writes nothing"
+    from lamina.audits import extraction
     members, others, _ = remembered.drawn(work.scene, work.settings)
     result = extraction.extract(work.scene.prepared.base, work.scene.run.adapter, members, others, work.settings, progress)
     return result, f"verbatim {result['verbatim']:.3f}, by the base {result['verbatim_base']:.3f}"
@@ -232,6 +257,7 @@ def _extraction(work: Work, progress: Progress) -> tuple[Json | None, str]:
 def _novelty(work: Work, progress: Progress) -> tuple[Json | None, str]:
     if work.scene.config.task != "causal-lm":
         return None, "a classifier writes nothing"
+    from lamina.audits import novelty
     train = [example for some in work.scene.prepared.train.values() for example in some]
     result = novelty.explore(work.scene.prepared.base, work.scene.run.adapter, train, work.settings, progress)
     return result, f"overlap with the training text {result['overlap_rate']:.3f}, of the base {result['base_overlap_rate']:.3f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lamina.audits import page, signing
 from lamina.audits.settings import HELP, Settings, campaign_words, taken
 from lamina.audits.telling import Telling
 from lamina.client.model import quiet
-from lamina.protos import compose
+from lamina.protos import compose, identity
 from lamina.protos.config import Config, known_keys
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import write_atomic
@@ -71,7 +72,7 @@ def main(command: str, words: Sequence[str]) -> int:
     words = [word for word in words if word != "--json"]
     settings = taken(words)
     if settings.identity:
-        signing.check_identity(Path(settings.identity))
+        identity.load(Path(settings.identity))  # before the work, not after it
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 120)
     quiet()
     config, overrides = _asked(settings, words)
@@ -144,9 +145,18 @@ def _verify(words: Sequence[str]) -> int:
     plain, given = parsed(words, _VERIFY)
     if len(plain) != 1:
         raise ConfigError("lamina audit verify: expected one folder with audit.json. See `lamina audit --help`.")
-    path = Path(plain[0])
-    path = path / "audit.json" if path.is_dir() else path
     if not given["ca"]:
-        raise ConfigError("lamina audit verify: expected ca=FILE, the consortium's ca.pem.")
-    print(signing.verified(path, Path(given["ca"]), given["revocations"]))
+        raise ConfigError("lamina audit verify: expected ca=FILE, the consortium's ca.pem, from a source that is trusted.")
+    folder, revoked = Path(plain[0]), Path(given["revocations"]) if given["revocations"] else None
+    document = signing.parsed(_content(folder / "audit.json"))
+    who = signing.check(document, _content(Path(given["ca"])), datetime.now(UTC), revoked)
+    signing.check_page(document, _content(folder / "audit.html").decode("utf-8", "replace"))
+    print(f"signed by {who.name} of {who.consortium} ({who.role}), at {document['made_at']}; verdict: {document['verdict']}")
     return 0
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a file that can be read, got {type(error).__name__}.") from None

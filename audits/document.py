@@ -153,7 +153,8 @@ def limits(scene: Scene, given: Settings, membership: Mapping[str, Any] | None) 
     if scene.origin == "campaign":
         found.append(
             "The figures are of a campaign of the audit's own, with canaries among the rows and fewer rows than a real site has. "
-            "Fewer rows are remembered better; they say how the settings leak, not what a particular run leaked."
+            "Fewer rows are remembered better; they say how the settings leak, not what a particular run leaked. Reconstruction "
+            "is tried on two rounds of two steps over two rows at each client, where most can be read off an update."
         )
     if scene.origin == "not kept":
         found.append(

@@ -263,6 +263,27 @@ def beyond_claim(claim: Mapping[str, Any], membership: Mapping[str, Any]) -> Che
     )
 
 
+def beyond_ledger(clients: Mapping[str, Any]) -> Check:
+    """Whether canary clients show more than the ledger says.
+
+    Args:
+        clients: `client_canaries` of audit.json.
+
+    Returns:
+        The check.
+    """
+    estimate, analytic = clients["epsilon"], clients["analytic"]
+    told = "more than can be counted" if estimate is None else f"about {estimate:.3g}"
+    return Check(
+        "client canaries",
+        not clients["beyond"],
+        f"an estimate near the ledger's {analytic:.3g}",
+        f"{told} from {clients['canaries']} canary clients",
+        "Clients that send along a known direction: what is left of it shows clipping and noise. An estimate, no bound; it is "
+        "far off where noise is too small by half or more, or clipping is missing.",
+    )
+
+
 def with_rows(membership: Mapping[str, Any] | None, rows: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The whole `membership`: of canaries with the rows beside it, or of the rows alone.
 

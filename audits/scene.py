@@ -25,7 +25,7 @@ from lamina.protos import compose, seeds
 from lamina.protos.config import Config, checked, client_names
 from lamina.protos.errors import AdapterMismatch, ConfigError
 from lamina.protos.files import write_atomic
-from lamina.simulations.engine import Watcher
+from lamina.simulations.engine import Quiet, Watcher
 from lamina.simulations.prepare import Prepared, prepare
 from lamina.simulations.private import mechanisms
 from lamina.simulations.run import simulate
@@ -78,7 +78,8 @@ def campaign(settings: Settings, config: Config, folder: Path, watcher: Watcher)
     Raises:
         LaminaError: See `simulations.run.simulate`.
     """
-    prepared = prepare(config, watcher.say)
+    evaluate = config.evaluate
+    prepared = prepare(replace(config, evaluate=replace(evaluate, max_examples=None)), watcher.say)
     clients, seed, longest = client_names(config), config.seed, config.train.max_length
     train = {client: _some(prepared.train[client], settings.rows, seed, client) for client in clients}
     most = min(settings.canaries // making.NEW_TOKEN_SHARE, prepared.base.vocab // 2)
@@ -90,9 +91,49 @@ def campaign(settings: Settings, config: Config, folder: Path, watcher: Watcher)
     kept = config.privacy.mode != "client-dp" and not config.privacy.secagg
     config = checked(replace(config, keep_updates=kept, checkpoints=max(2, config.checkpoints)))
     prepared = replace(prepared, train=making.inserted(train, found))
-    run, seen = _simulated(config, prepared, folder / "campaign", settings, watcher)
+    few = {client: held[: evaluate.max_examples] for client, held in prepared.held_out.items()}
+    run, seen = _simulated(config, replace(prepared, held_out=few), folder / "campaign", settings, watcher)
     private = mechanisms(config, prepared.train, lambda text: None)
     return Scene(run, prepared, found, seen, private, "campaign")
+
+
+def close_up(found: Scene, folder: Path) -> Scene:
+    """A campaign's settings in rounds of few steps over few rows, in which most can be read off an update.
+
+    Noise is that of the campaign, not less for the fewer steps.
+
+    Args:
+        found: A campaign.
+        folder: Of the audit.
+
+    Returns:
+        A run of the same clients without canaries.
+    """
+    config = found.config
+    canaries = {id(example.tokens) for some in found.canaries for example in some.examples}
+    train = {
+        client: [example for example in some if id(example.tokens) not in canaries]
+        for client, some in found.prepared.train.items()
+    }
+    privacy = config.privacy
+    if found.private:
+        noise = next(iter(found.private.values())).mechanism.noise_multiplier
+        privacy = replace(privacy, noise_multiplier=noise, epsilon=config.privacy.epsilon if privacy.secagg else None)
+    small = replace(
+        config,
+        rounds=_CLOSE["rounds"],
+        train=replace(config.train, local_steps=_CLOSE["steps"], batch_size=_CLOSE["rows"], accumulation=1, micro_batch=None),
+        evaluate=replace(config.evaluate, every=_CLOSE["rounds"], max_examples=1),
+        privacy=privacy,
+        keep_updates=config.privacy.mode != "client-dp" and not config.privacy.secagg,
+    )
+    few = {client: held[:1] for client, held in found.prepared.held_out.items()}
+    prepared = replace(found.prepared, train=train, held_out=few)
+    run, _ = _simulated(checked(small), prepared, folder / "close-up", Settings(canaries=8, guesses=2), Quiet())
+    return Scene(run, prepared, origin="campaign")
+
+
+_CLOSE = {"rounds": 2, "steps": 2, "rows": 2}
 
 
 def _some(examples: Sequence[Example], rows: int, seed: int, client: str) -> list[Example]:

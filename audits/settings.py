@@ -169,6 +169,6 @@ _STANDARD_RUN = {
     "evaluate.max_examples": 60, "data.generate": 0,
 }  # fmt: skip
 QUICK_RUN = {
-    "clients.count": 2, "rounds": 2, "train.local_steps": 40, "train.batch_size": 16, "train.max_length": 24,
+    "clients.count": 3, "rounds": 2, "train.local_steps": 40, "train.batch_size": 16, "train.max_length": 24,
     "evaluate.max_examples": 24, "data.generate": 0,
 }  # fmt: skip
