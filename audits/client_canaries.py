@@ -5,6 +5,8 @@ Each canary client is one more client of the run, which answers through the same
 is in the final adapter gives an estimate of epsilon (Andrew et al. 2023, arXiv:2302.03098, with canaries in every round), to be
 held beside what the ledger says. One run finds noise that is too small and clipping that is not there, by a factor of two or so.
 
+Where clients are sampled and rounds are few the estimate is below the claim, which is for a client that chance takes every time.
+
 It is a run of its own with the settings of the one that is audited: its strategy, rounds, clip_norm, noise and sampling, and its
 real clients beside the canaries. The denominator counts the canaries too, which moves signal and noise alike.
 """
@@ -198,9 +200,10 @@ def _answer(config: Config, sides: list[Trainable], site: Site, base: Base, inst
     length = LOUDNESS * config.privacy.clip_norm
     step = {name: length * value for name, value in _direction(config.seed, site.client_id, start, (side,)).items()}
     lora = {}
-    for module, factors in start.lora.items():
-        numbers = (numbers_of(factors, side) + step[f"{module}.{side}"]).astype(np.float32)
-        lora[module] = one_side(with_numbers(factors, side, numbers), side)
+    if side != "AB":  # which it is where there are dense parameters alone
+        for module, factors in start.lora.items():
+            numbers = (numbers_of(factors, side) + step[f"{module}.{side}"]).astype(np.float32)
+            lora[module] = one_side(with_numbers(factors, side, numbers), side)
     dense = {name: (value + step[name]).astype(np.float32) for name, value in start.dense.items()}
     update = Update(
         run_id=instruction.run_id,

@@ -15,15 +15,15 @@ and the ranks of the others.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from lamina.audits.kept import KeptRound, read_adapter, start_of
 from lamina.client.train import fresh_rows
 from lamina.protos.adapter import EMPTY, Adapter, Array, LoraFactors
 from lamina.protos.config import Config
@@ -35,7 +35,6 @@ from lamina.strategies.factors import Pair, change, pair
 Party = Literal["peer", "coordinator", "secagg-coordinator", "outsider"]
 PARTIES: tuple[Party, ...] = ("peer", "coordinator", "secagg-coordinator", "outsider")
 IN_SLOTS = ("ffa", "alternate", "core", "fedavg", "zeropad")
-_PEFT = "base_model.model."
 _RANK = 1e-6  # of float32 factors
 _CUT = 1e-4  # the part of one's own rows that a release which was not cut may miss, by rounding
 
@@ -49,7 +48,7 @@ class Change:
         rows: (r, d_in), the change of A.
         columns: (d_out, r), the change of B (of B C where a core is trained), times a positive number that is not known.
         product: (d_out, R) and (R, d_in) whose product is that of the change, where factors are not seen.
-        known: (k, d_in), rows that do not depend on the text, or hide it: what is seen holds off their span alone. None for no such.
+        known: (k, d_in), rows in whose span the text does not show; what is seen holds off it alone. None for no such.
     """
 
     start: LoraFactors | None = None
@@ -92,114 +91,6 @@ class View:
 
     seen: tuple[Seen, ...]
     why: str
-
-
-@dataclass(frozen=True, eq=False)
-class KeptRound:
-    """One round as the run directory has it.
-
-    Attributes:
-        number: From 1.
-        clients: Who sent an update, in id order.
-        updates: Client id -> what it trained.
-        weights: Client id -> p_k.
-        releases: Client id -> what it was sent to train.
-        frozen: Client id -> what rode beside it, where something did.
-    """
-
-    number: int
-    clients: tuple[str, ...]
-    updates: Mapping[str, Adapter]
-    weights: Mapping[str, float]
-    releases: Mapping[str, Adapter]
-    frozen: Mapping[str, Adapter]
-
-
-def read_adapter(path: Path, modules: Iterable[str]) -> tuple[Adapter, Mapping[str, str]]:
-    """The factors of some modules in a safetensors file, and its metadata.
-
-    Args:
-        path: As a run directory or peft has it.
-        modules: Which; those that the file lacks are left out.
-
-    Returns:
-        Float32 factors at the scales of the metadata (1 without), and the metadata.
-
-    Raises:
-        ConfigError: If it cannot be read.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
-            scales = json.loads(metadata.get("scales", "{}"))
-            names, lora = set(file.keys()), {}
-            for module in modules:
-                for prefix in ("", _PEFT):
-                    sides = [f"{prefix}{module}.lora_{side}.weight" for side in "AB"]
-                    if names.issuperset(sides):
-                        rows, columns = (file.get_tensor(name) for name in sides)
-                        lora[module] = LoraFactors(rows, columns, float(scales.get(module, 1.0)))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ConfigError(f"{path}: expected factors as a run leaves them, got a file that cannot be read ({error}).") from None
-    return Adapter(lora), metadata
-
-
-def read_rounds(run_dir: Path, modules: Sequence[str]) -> tuple[KeptRound, ...]:
-    """The kept rounds of a run.
-
-    Args:
-        run_dir: The run directory.
-        modules: Of which modules.
-
-    Returns:
-        In order.
-
-    Raises:
-        ConfigError: If none was kept, or a file cannot be read.
-    """
-    folders = sorted(one for one in (run_dir / "rounds").glob("[0-9]*") if (one / "updates").is_dir())
-    if not folders:
-        raise ConfigError(
-            f"{run_dir}: expected rounds/NNNN/updates, got none: what a party saw cannot be rebuilt. Run with keep_updates=true."
-        )
-    return tuple(_read_round(folder, modules) for folder in folders)
-
-
-def _read_round(folder: Path, modules: Sequence[str]) -> KeptRound:
-    clients = tuple(sorted(path.stem for path in (folder / "updates").glob("*.safetensors")))
-    updates, weights, releases, frozen = {}, {}, {}, {}
-    for client in clients:
-        updates[client], metadata = read_adapter(folder / "updates" / f"{client}.safetensors", modules)
-        weights[client] = float(metadata.get("weight", "nan"))
-        releases[client], _ = read_adapter(folder / "releases" / f"{client}.safetensors", modules)
-        beside = folder / "releases" / f"{client}.frozen.safetensors"
-        if beside.exists():
-            frozen[client], _ = read_adapter(beside, modules)
-    return KeptRound(int(folder.name), clients, updates, weights, releases, frozen)
-
-
-def start_of(release: Adapter, trained: Adapter, client: str, round_number: int, seed: int) -> Adapter:
-    """What a client trained from: its release, and slots beyond that as it drew them.
-
-    Args:
-        release: As it was sent.
-        trained: What it sent back, for ranks and scales.
-        client: Its name, which names its draws.
-        round_number: Of the release.
-        seed: Of the run.
-
-    Returns:
-        Factors of the ranks of `trained`; equal to `client.train.completed`.
-    """
-    lora = {}
-    for module, after in trained.lora.items():
-        d_out, d_in = after.shape
-        got = release.lora.get(module) or LoraFactors(np.zeros((0, d_in), np.float32), np.zeros((d_out, 0), np.float32))
-        missing = after.rank - got.rank
-        rows = np.concatenate([got.A, fresh_rows(seed, client, round_number, module, (missing, d_in))])
-        columns = np.concatenate([got.B, np.zeros((d_out, missing), np.float32)], axis=1)
-        lora[module] = LoraFactors(rows, columns, after.scale)
-    return Adapter(lora)
 
 
 def changes_of(start: Adapter, trained: Adapter) -> dict[str, Change]:
@@ -267,7 +158,9 @@ def secagg_coordinator(rounds: Sequence[KeptRound], config: Config, cohorts: Map
 def _only(one: KeptRound) -> tuple[Adapter, Adapter]:
     """Start and end of the one update that stands for a secure sum."""
     if len(one.clients) != 1:
-        raise ConfigError(f"round {one.number}: expected one summed update under privacy.secagg=true, got {len(one.clients)}.")
+        raise ConfigError(
+            f"round {one.number}: expected one summed update under privacy.secagg=true, got {len(one.clients)}."
+        )
     return one.releases[one.clients[0]], one.updates[one.clients[0]]
 
 
@@ -300,7 +193,7 @@ def peer(rounds: Sequence[KeptRound], config: Config, client: str) -> View:
     if config.privacy.secagg:
         return View((), "privacy.secagg=true keeps no client's own releases; see secagg-coordinator, who sees no less")
     name, seen = config.strategy.name, list[Seen]()
-    for one, following in zip(rounds, rounds[1:]):
+    for one, following in itertools.pairwise(rounds):
         if client not in one.clients or client not in following.clients or following.number != one.number + 1:
             continue
         others = tuple(other for other in one.clients if other != client)
@@ -312,7 +205,10 @@ def peer(rounds: Sequence[KeptRound], config: Config, client: str) -> View:
             if name not in IN_SLOTS and len(others) > 1:
                 seen.extend(_isolated(one, following, client, config))
     if not seen:
-        return View((), f"client {client} was sent nothing that others' training had entered: its rounds do not follow each other")
+        return View(
+            (),
+            f"client {client} was sent nothing that others' training had entered: its rounds do not follow each other",
+        )
     if name == "stack":
         return View(tuple(seen), "strategy=stack sends every client's own factors to every other")
     why = "the difference of successive releases, without the client's own part"
@@ -329,7 +225,9 @@ def _blocks(one: KeptRound, frozen: Adapter, others: Sequence[str], seed: int) -
     for module, stacked in frozen.lora.items():
         holders = [client for client in one.clients if module in one.updates[client].lora]
         ranks = [one.updates[client].lora[module].rank for client in holders]
-        if sum(ranks) != stacked.rank:  # a slot of zeros is left out, or all of G came: where blocks end is not known then
+        if (
+            sum(ranks) != stacked.rank
+        ):  # a slot of zeros is left out, or all of G came: where blocks end is not known then
             continue
         ends = np.cumsum(ranks)
         for client, rank, end in zip(holders, ranks, ends, strict=True):
@@ -373,8 +271,8 @@ def _products(one: KeptRound, following: KeptRound, client: str, config: Config)
 def _isolated(one: KeptRound, following: KeptRound, client: str, config: Config) -> list[Seen]:
     """Each other client's change of A, off the rows V of the next release.
 
-    The rows A_k that a client ended with lie in V, where V is not cut; it started from A_k - D_k, which everyone can draw. What of
-    that is off V is what of -D_k is. Whether V is cut, the peer sees by its own rows.
+    The rows A_k that a client ended with lie in V, where V is not cut; it started from A_k - D_k, which everyone can draw. Off V,
+    that is -D_k. Whether V is cut, the peer sees by its own rows.
     """
     found = []
     for other in (other for other in one.clients if other != client):
@@ -416,7 +314,9 @@ def _drawn(one: KeptRound, other: str, module: str, seed: int) -> Array:
     return fresh_rows(seed, other, one.number, module, (missing, trained.shape[1]))
 
 
-def outsider(run_dir: Path, config: Config, clients: Sequence[str], rounds: Sequence[int], modules: Sequence[str]) -> View:
+def outsider(
+    run_dir: Path, config: Config, clients: Sequence[str], rounds: Sequence[int], modules: Sequence[str]
+) -> View:
     """What whoever holds the final adapter sees.
 
     Args:

@@ -92,7 +92,7 @@ def one_shot(cosines: Any, dimension: int, delta: float, seed: int = 0, resample
 def beyond(found: OneShot, analytic: float) -> bool:
     """Whether the estimate is too large for the claim to be right.
 
-    A correct mechanism is estimated within half of its epsilon or so; a wrong one at twice and more.
+    A correct mechanism is estimated within half of its epsilon or so, from 50 canaries on; a wrong one at twice and more.
 
     Args:
         found: The estimate.
@@ -107,5 +107,5 @@ def beyond(found: OneShot, analytic: float) -> bool:
 def _mus(cosines: Array, null: float) -> Array:
     """Means in deviations, of each row, 0 where negative."""
     deviation = cosines.std(axis=1, ddof=1) if cosines.shape[1] > 1 else np.zeros(len(cosines))
-    mu: Array = np.maximum(cosines.mean(axis=1), 0) / np.where(deviation > 0, deviation, null)
+    mu: Array = np.maximum(cosines.mean(axis=1), 0) / np.where(deviation > 1e-6 * null, deviation, null)
     return mu

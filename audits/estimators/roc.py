@@ -170,7 +170,7 @@ def _figures(inside: Array, outside: Array) -> tuple[float, ...]:
     rates = []
     for rate in RATES:
         allowed = math.floor(rate * others + 1e-9)
-        # Alarms fall from place to place: the first that is allowed is the lowest threshold; below all scores, none is needed.
+        # Alarms fall from place to place: the first that is allowed has the lowest threshold.
         rates.append(float(hits[int(np.searchsorted(-alarms, -allowed))] / members))
     return (auc, *rates)
 

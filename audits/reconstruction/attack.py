@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.audits import views
+from lamina.audits.kept import KeptRound, read_rounds
 from lamina.audits.reconstruction import malicious
 from lamina.audits.reconstruction.inputs import Inputs, token_inputs
 from lamina.audits.reconstruction.ordering import best_match, ordered
 from lamina.audits.reconstruction.span import Scores, recovery, token_scores, top
 from lamina.audits.reconstruction.truth import tokens_of, trained_on
-from lamina.audits.views import KeptRound, Seen, View
+from lamina.audits.views import Seen, View
 from lamina.client.data import Example
 from lamina.client.model import Base
 from lamina.protos import seeds
@@ -131,7 +132,7 @@ def reconstruct(
     if inputs is None:
         why = "no adapted module takes in a vector that depends on a token alone"
         return {party: Result(False, why) for party in (*views.PARTIES, MALICIOUS)}
-    rounds = views.read_rounds(run_dir, inputs.modules)
+    rounds = read_rounds(run_dir, inputs.modules)
     found = _views(run_dir, rounds, config, inputs)
     _check(found, examples)
     steps = len(found) + 1
@@ -170,12 +171,12 @@ def _cohorts(run_dir: Path) -> dict[int, list[str]]:
 def _check(found: Mapping[str, View], examples: Examples) -> None:
     missing = {client for view in found.values() for seen in view.seen for client in seen.clients} - examples.keys()
     if missing:
-        raise ConfigError(f"expected the training examples of every client of the run, {', '.join(sorted(missing))} have none.")
+        raise ConfigError(
+            f"expected the training examples of every client of the run, {', '.join(sorted(missing))} have none."
+        )
 
 
-def _attacked(
-    view: View, config: Config, base: Base, inputs: Inputs, examples: Examples, settings: Settings
-) -> Result:
+def _attacked(view: View, config: Config, base: Base, inputs: Inputs, examples: Examples, settings: Settings) -> Result:
     first = sorted({seen.rounds for seen in view.seen})[: settings.rounds]
     alone = any(seen.individual for seen in view.seen)
     looks: list[tuple[Seen, Scores]] = []
@@ -186,9 +187,7 @@ def _attacked(
     if not looks:
         return Result(False, view.why if not view.seen else "nothing changed in the modules that are attacked")
     truths = [_trained(config, examples, seen) for seen, _ in looks]
-    recoveries = [
-        recovery(scores, tokens_of(sum(truth.values(), []))) for (_, scores), truth in zip(looks, truths, strict=True)
-    ]
+    recoveries = [recovery(scores, tokens_of(_all(truth))) for (_, scores), truth in zip(looks, truths, strict=True)]
     each: dict[str, list[tuple[float, float]]] = {}
     for (_, scores), truth in zip(looks, truths, strict=True):
         for client, some in truth.items():
@@ -216,6 +215,10 @@ def _trained(config: Config, examples: Examples, seen: Seen) -> dict[str, list[E
     }
 
 
+def _all(truth: Mapping[str, list[Example]]) -> list[Example]:
+    return [one for some in truth.values() for one in some]
+
+
 def _with_texts(
     result: Result, base: Base, looks: Sequence[tuple[Seen, Scores]], truths: Sequence[Mapping[str, list[Example]]],
     settings: Settings,
@@ -223,11 +226,11 @@ def _with_texts(
     """The result with some texts: of each a look's tokens in order, and what another look's would have given."""
     matches, chances, texts = [], [], []
     for number in range(min(settings.texts, len(looks))):
-        seen, scores = looks[number]
+        scores = looks[number][1]
         originals = [(client, one.tokens) for client, some in truths[number].items() for one in some]
         if not originals:
             continue
-        count = len(tokens_of(sum(truths[number].values(), [])))
+        count = len(tokens_of(_all(truths[number])))
         length = min(settings.length, max(len(tokens) for _, tokens in originals))
         text = ordered(base, top(scores, count), length, settings.starts)
         match, nearest = best_match(text, [tokens for _, tokens in originals])
@@ -263,7 +266,7 @@ def _malicious(config: Config, base: Base, inputs: Inputs, settings: Settings) -
     tuned = played.tuned
     return Result(
         applicable=True,
-        why="simulated on invented notes: the coordinator tuned the base on public notes of one form before the client trained it",
+        why="simulated on invented notes: the coordinator tuned the base on public notes before the client trained it",
         recall=tuned.tokens.recall,
         chance=tuned.tokens.chance,
         auc=tuned.tokens.auc,

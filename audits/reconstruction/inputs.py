@@ -71,7 +71,9 @@ def token_inputs(base: Base, longest: int) -> Inputs | None:
     other[place] = one[place]
     apart = rng.integers(0, base.vocab, _LENGTH)
     apart[place + 1] = one[place]
-    seen = _captured(base, tuple(base.spec.modules), torch.from_numpy(np.stack([one, other, apart])).to(base.device), None)
+    seen = _captured(
+        base, tuple(base.spec.modules), torch.from_numpy(np.stack([one, other, apart])).to(base.device), None
+    )
     alone = [module for module, x in seen.items() if _close(x[0, place], x[1, place])]
     if not alone:
         return None

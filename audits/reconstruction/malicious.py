@@ -1,10 +1,10 @@
 """A coordinator that hands out a base which it has tuned to memorise notes, after ReCIT (2025, arXiv:2504.20570).
 
 What is simulated: the coordinator holds public notes of the same form as a client's private ones and tunes the base on them; the
-client fine-tunes that base on its notes, honestly and with this project's own training; the coordinator sees its update. It then asks
-(1) which tokens the update shows, (2) which of many candidate values were in the notes, by the tokens of each and by how much
-likelier the update makes it, and (3) which value belongs to which name, by the likelihood of each pair. The same client on the
-honest base is the comparison.
+client fine-tunes that base on its notes, honestly and with this project's own training; the coordinator sees its update. It then
+asks (1) which tokens the update shows, (2) which of many candidate values were in the notes, by the tokens of each and by how much
+likelier the update makes it, and (3) which value belongs to which name, by the likelihood of each pair; the names, and for (3) the
+values, are given. The same client on the honest base is the comparison: it shows what the tuning adds, which may be nothing.
 
 What is not: the paper's own choice of notes and its personal data of real form, large models, and values that are in no list of
 candidates. Tuning is low-rank and rides beside the base, as a merged one would act. A site that pins the hash of its base, as
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lamina.audits.reconstruction.inputs import Inputs
 from lamina.audits.reconstruction.notes import KINDS, Note, invented, prompt, value, values
-from lamina.audits.reconstruction.span import Recovery, Scores, recovery, token_scores
+from lamina.audits.reconstruction.span import Recovery, Scores, recovery, standard, token_scores
 from lamina.audits.reconstruction.truth import tokens_of
 from lamina.audits.views import Seen, changes_of
 from lamina.client.data import Example
@@ -154,7 +154,11 @@ def _example(base: Base, text: str) -> Example:
 
 
 def _learnt(
-    base: Base, frozen: Frozen | None, after: Adapter, notes: tuple[Sequence[Note], Sequence[Note]], scores: Scores | None
+    base: Base,
+    frozen: Frozen | None,
+    after: Adapter,
+    notes: tuple[Sequence[Note], Sequence[Note]],
+    scores: Scores | None,
 ) -> tuple[Found, list[tuple[str, str]]]:
     """What scores and likelihoods say of a client's notes; some of the pairs, and the notes."""
     private, decoys = notes
@@ -166,7 +170,7 @@ def _learnt(
         pool = values(private, kind) + values(decoys, kind)
         gains = _matrix(base, frozen, after, private, pool, kind) - _matrix(base, frozen, EMPTY, private, pool, kind)
         seen = np.array([scores[_ids(base, one)].mean() for one in pool])
-        best = np.argsort(-(_standard(seen) + _standard(gains.max(axis=0))), kind="stable")[: len(private)]
+        best = np.argsort(-(standard(seen) + standard(gains.max(axis=0))), kind="stable")[: len(private)]
         recalled[kind], chances[kind] = float((best < len(private)).mean()), len(private) / len(pool)
         own = gains[:, : len(private)]
         guesses[kind] = [int(index) for index in (own - own.mean(axis=0)).argmax(axis=1)]
@@ -180,10 +184,6 @@ def _learnt(
 
 def _pieced(note: Note, private: Sequence[Note], guesses: dict[str, list[int]], number: int) -> str:
     return " ".join(prompt(kind, note.name) + value(private[guesses[kind][number]], kind) + "." for kind in KINDS)
-
-
-def _standard(scores: Scores) -> Scores:
-    return np.asarray((scores - scores.mean()) / max(float(scores.std()), 1e-12))
 
 
 @torch.no_grad()

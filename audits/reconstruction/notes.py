@@ -1,4 +1,4 @@
-"""Invented clinical notes: short texts of one form whose names, diagnoses and phone numbers belong together. Nobody real is in them."""
+"""Invented clinical notes: short texts of one form in which names, diagnoses and phone numbers belong together. Nobody is real."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import numpy as np
 
 KINDS = ("diagnosis", "phone")
 _FIRST = (
-    "Ada Bert Clara Dora Emil Fritz Greta Hugo Ida Jonas Karla Ludwig Mina Nils Olga Paul Rosa Simon Thea Uwe Vera Wim Xenia Yara "
-    "Zeno"
-).split()
+    "Ada", "Bert", "Clara", "Dora", "Emil", "Fritz", "Greta", "Hugo", "Ida", "Jonas", "Karla", "Ludwig",
+    "Mina", "Nils", "Olga", "Paul", "Rosa", "Simon", "Thea", "Uwe", "Vera", "Wim", "Xenia", "Yara", "Zeno",
+)  # fmt: skip
 _LAST = (
-    "Abel Brandt Conrad Dietz Ebner Falk Gruber Hansen Imhof Jansen Keller Lorenz Maier Neumann Otto Peters Quist Richter Schulz "
-    "Thoma Ullrich Vogel Weber Zander"
-).split()
+    "Abel", "Brandt", "Conrad", "Dietz", "Ebner", "Falk", "Gruber", "Hansen", "Imhof", "Jansen", "Keller",
+    "Lorenz", "Maier", "Neumann", "Otto", "Peters", "Quist", "Richter", "Schulz", "Thoma", "Ullrich", "Vogel",
+    "Weber", "Zander",
+)  # fmt: skip
 _DIAGNOSES = (
-    "asthma,migraine,anaemia,gout,sciatica,psoriasis,glaucoma,epilepsy,bronchitis,tinnitus,hepatitis,pneumonia,arthritis,diabetes,"
-    "insomnia,eczema,angina,vertigo,malaria,colitis,rickets,shingles,scabies,lupus,anorexia,tetanus,cholera,measles,rubella,mumps,"
-    "hernia,obesity"
-).split(",")
+    "asthma", "migraine", "anaemia", "gout", "sciatica", "psoriasis", "glaucoma", "epilepsy", "bronchitis",
+    "tinnitus", "hepatitis", "pneumonia", "arthritis", "diabetes", "insomnia", "eczema", "angina", "vertigo",
+    "malaria", "colitis", "rickets", "shingles", "scabies", "lupus", "anorexia", "tetanus", "cholera",
+    "measles", "rubella", "mumps", "hernia", "obesity",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

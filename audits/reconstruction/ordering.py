@@ -16,11 +16,12 @@ from lamina.client.model import Base, put
 from lamina.protos.adapter import Adapter
 
 Ids = NDArray[np.int64]
+Text = Sequence[int] | NDArray[np.int64] | NDArray[np.int32]
 _AGAIN = 1.0  # nats that a token costs for each time that it is there already
 
 
 @torch.no_grad()
-def ordered(base: Base, tokens: Sequence[int] | Ids, length: int, starts: int) -> Ids:
+def ordered(base: Base, tokens: Text, length: int, starts: int) -> Ids:
     """Put recovered tokens into the order that the base finds likely, greedily.
 
     Args:
@@ -43,13 +44,15 @@ def ordered(base: Base, tokens: Sequence[int] | Ids, length: int, starts: int) -
         logits = base.model(input_ids=texts, use_cache=False).logits[:, -1].float()
         nats = torch.log_softmax(logits, dim=-1)[:, allowed]
         chosen = (nats - _AGAIN * used).argmax(dim=1)
-        total += nats.gather(1, chosen.unsqueeze(1)).squeeze(1) - _AGAIN * used.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        total += nats.gather(1, chosen.unsqueeze(1)).squeeze(1) - _AGAIN * used.gather(1, chosen.unsqueeze(1)).squeeze(
+            1
+        )
         used.scatter_add_(1, chosen.unsqueeze(1), torch.ones_like(total).unsqueeze(1))
         texts = torch.cat([texts, allowed[chosen].unsqueeze(1)], dim=1)
     return texts[int(total.argmax())].cpu().numpy().astype(np.int64)
 
 
-def rouge_l(text: Sequence[int] | Ids, original: Sequence[int] | Ids) -> float:
+def rouge_l(text: Text, original: Text) -> float:
     """ROUGE-L (Lin 2004) between two texts by tokens: the F1 of their longest common subsequence.
 
     Args:
@@ -74,7 +77,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return before[-1]
 
 
-def best_match(text: Sequence[int] | Ids, originals: Iterable[Sequence[int] | Ids]) -> tuple[float, int]:
+def best_match(text: Text, originals: Iterable[Text]) -> tuple[float, int]:
     """The original that a text is closest to.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a client really trained on in a round: the seed that chose its batches chooses them again. Only the evaluation reads this."""
+"""What a client really trained on in a round: the seed that chose its batches chooses them again. For the evaluation alone."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def _poisson(
 def sources(example: Example) -> NDArray[np.int64]:
     """The tokens of an example whose inputs are in its gradient.
 
-    Of text that is continued they end before the last target: nothing is predicted from what follows it, and no earlier token sees
-    it. Of a labelled text they are all tokens.
+    Of text that is continued they end before the last target: nothing is predicted from what follows it, and no earlier token
+    sees it. Of a labelled text they are all tokens.
 
     Args:
         example: The example.
