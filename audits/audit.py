@@ -19,7 +19,7 @@ from lamina.audits import client_canaries, defences, document, mechanism, rememb
 from lamina.audits import verdict as verdicts
 from lamina.audits.estimators.one_shot import beyond
 from lamina.audits.mechanism import Check
-from lamina.audits.reconstruction import attack as reconstruction
+from lamina.audits.rebuilding import rebuilt
 from lamina.audits.scene import Scene
 from lamina.audits.settings import PARTS, Settings
 from lamina.audits.telling import Telling
@@ -173,7 +173,10 @@ def _mechanism(work: Work, progress: Progress) -> tuple[Json | None, str]:
         checks += [_sensitivity(work, client), mechanism.sampling(found.private[client], 100, client)]
     held = sum(check.holds is True for check in checks)
     document_of = document.mechanism(found, history, again)
-    return {"checks": [asdict(check) for check in checks], "mechanism": document_of}, f"{held} of {len(checks)} checks hold"
+    return {
+        "checks": [asdict(check) for check in checks],
+        "mechanism": document_of,
+    }, f"{held} of {len(checks)} checks hold"
 
 
 def _sensitivity(work: Work, client: str) -> Check:
@@ -221,36 +224,22 @@ def _reconstruction(work: Work, progress: Progress) -> tuple[Json | None, str]:
         seen = scene.close_up(seen, work.folder)
     result = rebuilt(seen, work.settings, progress)
     line = ", ".join(
-        f"{view} {one['recall']:.2f} (chance {one['chance']:.2f})" for view, one in result.items() if one["recall"] is not None
+        f"{view} {one['recall']:.2f} (chance {one['chance']:.2f})"
+        for view, one in result.items()
+        if one["recall"] is not None
     )
     return result, f"recall of tokens: {line}" if line else "nothing to reconstruct from"
-
-
-def rebuilt(found: Scene, settings: Settings, progress: Progress) -> Json:
-    """What each party could rebuild of the text.
-
-    Args:
-        found: Any scene.
-        settings: For the size.
-        progress: Told how much is done.
-
-    Returns:
-        `reconstruction` of audit.json; empty where no updates can be looked at.
-    """
-    if found.origin == "not kept" or not found.run.kept:
-        return {}
-    how = reconstruction.QUICK if settings.quick else reconstruction.Settings(seed=found.config.seed)
-    base, examples = found.prepared.base, found.prepared.train
-    result = reconstruction.reconstruct(found.run.path, found.config, base, examples, how, progress)
-    return reconstruction.document(result)
 
 
 def _extraction(work: Work, progress: Progress) -> tuple[Json | None, str]:
     if work.scene.config.task != "causal-lm":
         return None, "a classifier writes nothing"
     from lamina.audits import extraction
+
     members, others, _ = remembered.drawn(work.scene, work.settings)
-    result = extraction.extract(work.scene.prepared.base, work.scene.run.adapter, members, others, work.settings, progress)
+    result = extraction.extract(
+        work.scene.prepared.base, work.scene.run.adapter, members, others, work.settings, progress
+    )
     return result, f"verbatim {result['verbatim']:.3f}, by the base {result['verbatim_base']:.3f}"
 
 
@@ -258,9 +247,13 @@ def _novelty(work: Work, progress: Progress) -> tuple[Json | None, str]:
     if work.scene.config.task != "causal-lm":
         return None, "a classifier writes nothing"
     from lamina.audits import novelty
+
     train = [example for some in work.scene.prepared.train.values() for example in some]
     result = novelty.explore(work.scene.prepared.base, work.scene.run.adapter, train, work.settings, progress)
-    return result, f"overlap with the training text {result['overlap_rate']:.3f}, of the base {result['base_overlap_rate']:.3f}"
+    return (
+        result,
+        f"overlap with the training text {result['overlap_rate']:.3f}, of the base {result['base_overlap_rate']:.3f}",
+    )
 
 
 def _defences(work: Work, progress: Progress) -> tuple[Json | None, str]:

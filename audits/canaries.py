@@ -75,9 +75,7 @@ def references(base: Base, count: int, max_length: int, seed: int) -> list[Examp
     return [_random(base, length, rng) for _ in range(count)]
 
 
-def new_token(
-    base: Base, train: Mapping[str, Sequence[Example]], count: int, max_length: int, seed: int
-) -> Canaries:
+def new_token(base: Base, train: Mapping[str, Sequence[Example]], count: int, max_length: int, seed: int) -> Canaries:
     """Uniform tokens, then one that the training data hardly have, which alone carries loss.
 
     Args:

@@ -126,7 +126,7 @@ def _folder(settings: Settings) -> Path:
 
 
 def _write(folder: Path, document: Mapping[str, Any]) -> None:
-    """Both files, for their owner's eyes alone, as they hold text of the data; the page first, so that a document has its page."""
+    """Both files, for their owner's eyes alone, as they hold text of the data; the page first: a document has its page."""
     for name, text in (("audit.html", page.render(document)), ("audit.json", json.dumps(document, indent=1) + "\n")):
         write_atomic(folder / name, text)
         (folder / name).chmod(0o600)
@@ -134,7 +134,11 @@ def _write(folder: Path, document: Mapping[str, Any]) -> None:
 
 def _tell(console: Console, document: Mapping[str, Any], folder: Path) -> None:
     claim = document["claim"]
-    about = "" if claim is None else f" (claimed epsilon {claim['epsilon']:.3g} at delta {claim['delta']:.0e}, by {claim['unit']})"
+    about = (
+        ""
+        if claim is None
+        else f" (claimed epsilon {claim['epsilon']:.3g} at delta {claim['delta']:.0e}, by {claim['unit']})"
+    )
     console.print(f"\nverdict: {document['verdict']}{about}", style="bold", highlight=False, markup=False)
     for reason in document["reasons"]:
         console.print(f"  {reason}", highlight=False, markup=False)
@@ -146,12 +150,16 @@ def _verify(words: Sequence[str]) -> int:
     if len(plain) != 1:
         raise ConfigError("lamina audit verify: expected one folder with audit.json. See `lamina audit --help`.")
     if not given["ca"]:
-        raise ConfigError("lamina audit verify: expected ca=FILE, the consortium's ca.pem, from a source that is trusted.")
+        raise ConfigError(
+            "lamina audit verify: expected ca=FILE, the consortium's ca.pem, from a source that is trusted."
+        )
     folder, revoked = Path(plain[0]), Path(given["revocations"]) if given["revocations"] else None
     document = signing.parsed(_content(folder / "audit.json"))
     who = signing.check(document, _content(Path(given["ca"])), datetime.now(UTC), revoked)
     signing.check_page(document, _content(folder / "audit.html").decode("utf-8", "replace"))
-    print(f"signed by {who.name} of {who.consortium} ({who.role}), at {document['made_at']}; verdict: {document['verdict']}")
+    print(
+        f"signed by {who.name} of {who.consortium} ({who.role}), at {document['made_at']}; verdict: {document['verdict']}"
+    )
     return 0
 
 

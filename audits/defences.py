@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina.audits import remembered, scene
-from lamina.audits.reconstruction import attack as reconstruction
+from lamina.audits.rebuilding import rebuilt
 from lamina.audits.settings import QUICK_RUN, Settings, quick
 from lamina.protos import compose
 from lamina.protos.config import Config
@@ -86,8 +86,18 @@ def _small(config: Config) -> Config:
     """A campaign of quick size on the same model and data, without privacy, of three clients as secure sums need."""
     sizes = {**QUICK_RUN, "clients.count": 3, "clients.names": [], "clients.ranks": 8, "clients.join_round": 1}
     sizes |= {"aggregation.weights": "auto", "privacy.nominal_examples": None, "privacy.epsilon": None}
-    sizes |= {"privacy.mode": "none", "privacy.secagg": False, "privacy.noise_multiplier": None, "clients.fraction": 1.0}
-    sizes |= {"quantisation.format": "auto", "clients.start": None, "keep_updates": False, "aggregation.full_weight": None}
+    sizes |= {
+        "privacy.mode": "none",
+        "privacy.secagg": False,
+        "privacy.noise_multiplier": None,
+        "clients.fraction": 1.0,
+    }
+    sizes |= {
+        "quantisation.format": "auto",
+        "clients.start": None,
+        "keep_updates": False,
+        "aggregation.full_weight": None,
+    }
     sizes |= {"adapter.kind": "lora", "clients.quorum": 1, "baselines": [], "clients.dropout_rate": 0.0}
     return replace(compose.with_values(config, sizes), resume="", output="")
 
@@ -96,7 +106,8 @@ def _row(defence: Defence, config: Config, settings: Settings, folder: Path) -> 
     started = time.monotonic()
     found = scene.campaign(settings, config, folder, Quiet())
     canaries = remembered.of_canaries(found, settings)
-    seen = reconstruction.reconstruct(found, settings, lambda done, of: None)
+    close = scene.close_up(found, folder)
+    seen = rebuilt(close, settings, lambda done, of: None)
     evaluated, membership = found.run.summary["eval"], canaries["membership"]
     return {
         "name": defence.name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-
 from typing import Any
 
 from lamina.audits import accounting
@@ -154,7 +153,7 @@ def limits(scene: Scene, given: Settings, membership: Mapping[str, Any] | None) 
         found.append(
             "The figures are of a campaign of the audit's own, with canaries among the rows and fewer rows than a real site has. "
             "Fewer rows are remembered better; they say how the settings leak, not what a particular run leaked. Reconstruction "
-            "is tried on two rounds of two steps over two rows at each client, where most can be read off an update."
+            "is tried on two rounds of two steps, over a row each, at every client, where most can be read off an update."
         )
     if scene.origin == "not kept":
         found.append(
@@ -167,16 +166,18 @@ def limits(scene: Scene, given: Settings, membership: Mapping[str, Any] | None) 
         )
     if scene.config.privacy.mode != "none" and scene.origin in ("campaign", "replayed"):
         found.append(
-            "A simulation draws its noise from the run's seed, so that it repeats. Whoever knows the seed can take the noise away; "
-            "a deployment draws it from the system, and its noise was not looked at."
+            "A simulation draws its noise from the run's seed, so that it repeats. Whoever knows the seed can take it away; a "
+            "deployment draws it from the system, and its noise was not looked at."
         )
     if membership is not None and membership["of"] == "rows":
         found.append(
-            "Rows stand for canaries: which went to training was decided by their hash, which the bounds take for coins. Rows that "
-            "resemble each other count as one each, and are remembered together."
+            "Rows stand for canaries: which went to training was decided by their hash, which the bounds take for coins. Rows "
+            "that resemble each other count as one each, and are remembered together."
         )
     if given.quick:
-        found.append("This was a quick audit: fewer canaries, rows and shadow models, so wider intervals and lower ceilings.")
+        found.append(
+            "This was a quick audit: fewer canaries, rows and shadow models, so wider intervals and lower ceilings."
+        )
     return found
 
 

@@ -7,6 +7,7 @@ without its noise, and at the cost of all that happened, computed by other code.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from lamina.protos.errors import LaminaError
 
 # How far chance moves what is measured, in standard deviations: one false alarm in two million.
 _FAR = 5.0
+_FAR_LEAST = 7.0  # of the least of some ten thousand sums of squares, which have no symmetric tails
 _ALIKE = 0.5  # gradients of private steps are nearly all noise; of two independent draws nothing comes near
 _PROBED, _ROUNDING = 6, 1e-3
 
@@ -64,24 +66,20 @@ def noise(seen: list[Seen], claims: Mapping[str, Sequence[Mapping[str, Any]]], e
     Returns:
         The check.
     """
-    worst, text = math.inf, "no step was seen"
-    wrong = False
+    found = []
     for client, events in claims.items():
-        event = events[0]
-        wanted = float(event["noise_multiplier"]) * float(event["clip"]) / expected_units
-        pooled, least, size = witness.deviation(seen, client)
-        if not size:
-            continue
-        steps = sum(one.client == client for one in seen)
-        wrong |= pooled / wanted < 1 - _FAR / math.sqrt(2 * size) - _ROUNDING
-        wrong |= least / wanted < 1 - (_FAR + 2) * math.sqrt(steps / (2 * size)) - _ROUNDING
-        if least / wanted < worst:
-            worst, text = least / wanted, f"{pooled / wanted:.4f} x over all steps of client {client}, {least / wanted:.4f} x in the least"
+        unit = float(events[0]["noise_multiplier"]) * float(events[0]["clip"]) / expected_units
+        if (one := witness.noise_of(seen, client, unit)) is not None:
+            found.append(one)
+    worst = max(found, key=lambda one: one.surprise, default=None)
     return Check(
         "noise",
-        None if worst == math.inf else not wrong,
-        "numbers no smaller than the claimed noise, 1 x, in every step",
-        text,
+        None if worst is None else worst.surprise <= _FAR_LEAST,
+        "numbers no smaller than the claimed noise, 1 x, in every parameter and step",
+        "no step was seen"
+        if worst is None
+        else f"{min(one.pooled for one in found):.4f} x over all, at least {worst.least:.4f} x ({worst.where}), "
+        f"{worst.surprise:.1f} deviations below",
         "A gradient with less noise than the claim's would have smaller numbers than the noise alone.",
     )
 
@@ -117,9 +115,7 @@ class _Silent:
         return np.zeros(count)
 
 
-def sensitivity(
-    base: Base, adapter: Adapter, examples: Sequence[Example], private: Private, task: Task
-) -> Check:
+def sensitivity(base: Base, adapter: Adapter, examples: Sequence[Example], private: Private, task: Task) -> Check:
     """How far one unit's data move a step's sum, in the code that clients train with, without its noise.
 
     The bound is made small, so that clipping must do something; the sum of all units is compared with the sum without one.
@@ -186,7 +182,7 @@ def sampling(private: Private, units: int, client: str) -> Check:
     drawn = np.stack([stream.uniform(units) < rate for _ in range(steps)])
     share = float(drawn.mean())
     spread = math.sqrt(rate * (1 - rate) / drawn.size)
-    same = sum(bool((one == other).all()) for one, other in zip(drawn, drawn[1:], strict=False))
+    same = sum(bool((one == other).all()) for one, other in itertools.pairwise(drawn))
     # Two steps may draw the same units by chance where there are few.
     chance = (rate**2 + (1 - rate) ** 2) ** units
     repeated = same > (steps - 1) * chance + _FAR * math.sqrt((steps - 1) * chance * (1 - chance)) + 0.5
@@ -225,7 +221,7 @@ def cost(
             wrong.append(f"{who}: {told:.4g} was reported")
         if budget is not None and accounting.understated(budget, cache[key]):
             wrong.append(f"{who}: {budget:g} was promised")
-    known = [value for value in claimed.values()]
+    known = list(claimed.values())
     expected = f"reported {max(known):.4g}" if known else "a reported epsilon"
     return (
         Check(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +175,9 @@ def of_rows(scene: Scene, settings: Settings, folder: Path, progress: Progress) 
     members, others, share = drawn(scene, settings)
     train = scene.config.train
     rank = min(8, max((f.rank for f in scene.run.adapter.lora.values()), default=8))
-    how = ShadowSettings(train=train, seed=scene.config.seed, shadows=settings.shadows - settings.shadows % 2, rank=rank)
+    how = ShadowSettings(
+        train=train, seed=scene.config.seed, shadows=settings.shadows - settings.shadows % 2, rank=rank
+    )
     found = attack(scene.prepared.base, scene.run.adapter, members, others, how, progress, folder)
     attacks = {name: _json(scores, scene.config.seed) for name, scores in found.items()}
     return {
@@ -201,7 +202,9 @@ def drawn(scene: Scene, settings: Settings) -> tuple[list[Example], list[Example
         Members, others, and the share of training rows that were drawn. Of a row only one example.
     """
     canaries = {id(example.tokens) for some in scene.canaries for example in some.examples}
-    train = [one for some in scene.prepared.train.values() for one in _one_a_row(some) if id(one.tokens) not in canaries]
+    train = [
+        one for some in scene.prepared.train.values() for one in _one_a_row(some) if id(one.tokens) not in canaries
+    ]
     held = [one for some in scene.prepared.held_out.values() for one in _one_a_row(some)]
     everything = [one for some in scene.prepared.train.values() for one in some]
     others = _cut(strangers(everything, held), settings.examples, scene.config.seed, "others")
@@ -299,5 +302,3 @@ def with_rows(membership: Mapping[str, Any] | None, rows: Mapping[str, Any] | No
     if membership is None:
         return dict(rows["head"])
     return {**membership, "rows": rows["rows"]}
-
-

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lamina.audits import canaries as making
-from lamina.audits import reading, witness
+from lamina.audits import reading
 from lamina.audits.canaries import Canaries
 from lamina.audits.reading import Finished
 from lamina.audits.settings import Settings
@@ -122,7 +122,9 @@ def close_up(found: Scene, folder: Path) -> Scene:
     small = replace(
         config,
         rounds=_CLOSE["rounds"],
-        train=replace(config.train, local_steps=_CLOSE["steps"], batch_size=_CLOSE["rows"], accumulation=1, micro_batch=None),
+        train=replace(
+            config.train, local_steps=_CLOSE["steps"], batch_size=_CLOSE["rows"], accumulation=1, micro_batch=None
+        ),
         evaluate=replace(config.evaluate, every=_CLOSE["rounds"], max_examples=1),
         privacy=privacy,
         keep_updates=config.privacy.mode != "client-dp" and not config.privacy.secagg,
@@ -133,7 +135,7 @@ def close_up(found: Scene, folder: Path) -> Scene:
     return Scene(run, prepared, origin="campaign")
 
 
-_CLOSE = {"rounds": 2, "steps": 2, "rows": 2}
+_CLOSE = {"rounds": 2, "steps": 2, "rows": 1}
 
 
 def _some(examples: Sequence[Example], rows: int, seed: int, client: str) -> list[Example]:
@@ -190,24 +192,36 @@ def _fingerprint(config: Config, settings: Settings) -> str:
 
 def _write_notes(path: Path, seen: Sequence[Seen]) -> None:
     length = min((one.some.size for one in seen if one.some.size), default=0)
+    most = max((one.sizes.size for one in seen), default=0)
     names = np.array([[one.client, str(one.round), str(one.step)] for one in seen], dtype="U64").reshape(-1, 3)
-    numbers = np.array([[one.size, one.square] for one in seen], np.float64).reshape(-1, 2)
+    sizes, squares = np.zeros((len(seen), most), np.int64), np.zeros((len(seen), most))
+    for row, one in enumerate(seen):
+        sizes[row, : one.sizes.size], squares[row, : one.sizes.size] = one.sizes, one.squares
     some = np.stack([one.some[:length] for one in seen if one.some.size] or [np.zeros(0, np.float32)])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name("writing.npz").open("wb") as file:
-        np.savez(file, names=names, numbers=numbers, some=some)
-    path.with_name("writing.npz").replace(path)
+    partial = path.with_name(f"writing-{path.name}")
+    with partial.open("wb") as file:
+        np.savez(file, names=names, sizes=sizes, squares=squares, some=some)
+    partial.replace(path)
 
 
 def _read_notes(path: Path) -> tuple[Seen, ...]:
     if not path.is_file():
         return ()
     with np.load(path, allow_pickle=False) as held:
-        names, numbers, some = held["names"], held["numbers"], held["some"]
+        names, sizes, squares, some = (held[name] for name in ("names", "sizes", "squares", "some"))
     empty = np.zeros(0, np.float32)
+    counts = (sizes > 0).sum(axis=1)
     return tuple(
-        Seen(str(name[0]), int(name[1]), int(name[2]), int(number[0]), float(number[1]), some[at] if at < len(some) else empty)
-        for at, (name, number) in enumerate(zip(names, numbers, strict=True))
+        Seen(
+            client=str(name[0]),
+            round=int(name[1]),
+            step=int(name[2]),
+            sizes=sizes[row, : counts[row]],
+            squares=squares[row, : counts[row]],
+            some=some[row] if row < len(some) else empty,
+        )
+        for row, name in enumerate(names)
     )
 
 
@@ -240,7 +254,9 @@ def of_run(settings: Settings, overrides: list[str], folder: Path, watcher: Watc
     if run.config.privacy.mode == "client-dp" or run.config.privacy.secagg:
         watcher.say("updates: none are kept under this privacy mode; what was released is looked at")
     elif took > (_REPLAY_QUICK_S if settings.quick else _REPLAY_S):
-        watcher.say(f"updates: not kept, and the run trained for {took:.0f} s: not run again. keep_updates=true keeps them")
+        watcher.say(
+            f"updates: not kept, and the run trained for {took:.0f} s: not run again. keep_updates=true keeps them"
+        )
         return Scene(run, prepared, origin="not kept")
     watcher.say("the run is run again from its seed, to see every step and keep every update")
     return _replayed(run, prepared, folder, settings, watcher)

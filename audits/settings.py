@@ -96,7 +96,9 @@ def taken(words: list[str]) -> Settings:
             rest.append(word)
     words[:] = rest
     if len(run_dirs) > 1:
-        raise ConfigError(f"lamina audit: expected at most one run directory, got {len(run_dirs)}. Audit each by itself.")
+        raise ConfigError(
+            f"lamina audit: expected at most one run directory, got {len(run_dirs)}. Audit each by itself."
+        )
     settings = Settings(run_dir=run_dirs[0] if run_dirs else None, quick=quick, **found)
     _check(settings)
     return settings

@@ -38,7 +38,9 @@ class Telling:
         self.end()
         self._number += 1
         self._started = time.monotonic()
-        self._console.print(f"[{self._number}/{self._parts}] {part}: {what}", style="bold", highlight=False, markup=False)
+        self._console.print(
+            f"[{self._number}/{self._parts}] {part}: {what}", style="bold", highlight=False, markup=False
+        )
         if not self._console.is_terminal:
             return lambda done, of: None
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))

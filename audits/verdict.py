@@ -25,9 +25,15 @@ def verdict(
         above it; otherwise `consistent`. And why, in sentences.
     """
     if claim is None or claim.get("epsilon") is None:
-        return NO_CLAIM, ["The run claims no epsilon, so there is none to refute. What was measured shows what it leaks."]
+        return NO_CLAIM, [
+            "The run claims no epsilon, so there is none to refute. What was measured shows what it leaks."
+        ]
     epsilon = float(claim["epsilon"])
-    reasons = [f"{check.name}: expected {check.expected}; measured {check.measured}." for check in checks if check.holds is False]
+    reasons = [
+        f"{check.name}: expected {check.expected}; measured {check.measured}."
+        for check in checks
+        if check.holds is False
+    ]
     if one_run is not None:
         names = {
             "epsilon_lower": "The (epsilon, delta) bound of the one-run test",
@@ -41,8 +47,10 @@ def verdict(
     if reasons:
         return VIOLATED, reasons
     held = sum(check.holds is True for check in checks)
-    looked = f"{held} of {len(checks)} checks of the mechanism hold, the others could not be made." if held < len(checks) else (
-        f"All {held} checks of the mechanism hold." if held else "No check of the mechanism could be made."
+    looked = (
+        f"{held} of {len(checks)} checks of the mechanism hold, the others could not be made."
+        if held < len(checks)
+        else (f"All {held} checks of the mechanism hold." if held else "No check of the mechanism could be made.")
     )
     if one_run is None:
         return UNDER_POWERED, ["No canary or record was scored against the claim.", looked]
@@ -55,6 +63,7 @@ def verdict(
             looked,
         ]
     return CONSISTENT, [
-        f"Nothing that was measured is beyond the claim of {epsilon:.3g}: {bounds}, where up to {highest:.3g} could have been shown.",
+        f"Nothing that was measured is beyond the claim of {epsilon:.3g}: {bounds}, where up to {highest:.3g} could have been "
+        "shown.",
         looked,
     ]

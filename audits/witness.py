@@ -20,7 +20,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lamina.simulations.engine import Watcher
 
-
 _NUMBERS, _MOST_STEPS = 4096, 600
 
 
@@ -32,16 +31,16 @@ class Seen:
         client: Whose.
         round: From 1.
         step: From 1, in the round.
-        size: Numbers in it.
-        square: Sum of their squares.
+        sizes: (p,) numbers in each parameter.
+        squares: (p,) sum of their squares.
         some: (n,) float32, of the same places in every step of one client; empty where enough steps are kept.
     """
 
     client: str
     round: int
     step: int
-    size: int
-    square: float
+    sizes: NDArray[np.int64]
+    squares: NDArray[np.float64]
     some: NDArray[np.float32]
 
 
@@ -56,7 +55,7 @@ class Witness:
 
     inner: Watcher
     seen: list[Seen] = field(default_factory=list)
-    _last: tuple[int, float, NDArray[np.float32]] | None = field(default=None, repr=False)
+    _last: tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float32]] | None = field(default=None, repr=False)
 
     def begin(self, rounds: int, names: Mapping[str, str], done: int) -> None:
         """Pass on."""
@@ -65,8 +64,7 @@ class Witness:
     def step(self, client_id: str, round_number: int, step: int, steps: int, loss: float) -> None:
         """Give the last gradient its name."""
         if self._last is not None:
-            size, square, some = self._last
-            self.seen.append(Seen(client_id, round_number, step, size, square, some))
+            self.seen.append(Seen(client_id, round_number, step, *self._last))
             self._last = None
         self.inner.step(client_id, round_number, step, steps, loss)
 
@@ -93,13 +91,13 @@ class Witness:
 
     def _look(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         gradients = gradients_of(optimizer)
-        size = sum(one.numel() for one in gradients)
-        square = sum(float(one.double().square().sum()) for one in gradients)
+        sizes = np.array([one.numel() for one in gradients], np.int64)
+        squares = np.array([float(one.double().square().sum()) for one in gradients])
         some = np.zeros(0, np.float32)
         if len(self.seen) < _MOST_STEPS:
-            stride = max(1, size // _NUMBERS)
+            stride = max(1, int(sizes.sum()) // _NUMBERS)
             some = torch.cat([one.flatten()[::stride] for one in gradients]).float().cpu().numpy()
-        self._last = (size, square, some)
+        self._last = (sizes, squares, some)
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -130,22 +128,61 @@ def steps_by_client(seen: list[Seen]) -> dict[str, int]:
     return found
 
 
-def deviation(seen: list[Seen], client: str) -> tuple[float, float, int]:
-    """How large the numbers of a client's gradients are.
+@dataclass(frozen=True)
+class Noise:
+    """How large the numbers of a client's gradients are, in units of some deviation.
+
+    Attributes:
+        pooled: Root mean square over all parameters and steps.
+        least: Of each parameter and all together, in each step and in all together, that which is furthest below 1 for its size:
+            its root mean square.
+        surprise: How far below 1 that is, in deviations of chance.
+        where: Which it is.
+    """
+
+    pooled: float
+    least: float
+    surprise: float
+    where: str
+
+
+def noise_of(seen: list[Seen], client: str, unit: float) -> Noise | None:
+    """Compare a client's gradients with a deviation.
+
+    A mean of n squares of independent normal numbers of deviation 1 has a deviation of sqrt(2 / n). Whatever is added that does
+    not depend on them makes it larger.
 
     Args:
         seen: By a witness.
         client: Whose.
+        unit: The deviation.
 
     Returns:
-        Root mean square over all steps, that of the step with the least, and numbers in all.
+        What was found, or None where no step of the client was seen.
     """
-    own = [one for one in seen if one.client == client and one.size]
-    size = sum(one.size for one in own)
-    if not size:
-        return math.nan, math.nan, 0
-    least = min(one.square / one.size for one in own)
-    return math.sqrt(sum(one.square for one in own) / size), math.sqrt(least), size
+    own = [one for one in seen if one.client == client and one.sizes.size]
+    if not own:
+        return None
+    parameters = min(one.sizes.size for one in own)
+    sizes = np.stack([one.sizes[:parameters] for one in own]).astype(np.float64)
+    squares = np.stack([one.squares[:parameters] for one in own]) / unit**2
+    sizes, squares = _with_sums(sizes), _with_sums(squares)
+    surprise = (1 - squares / sizes) * np.sqrt(sizes / 2)
+    step, parameter = np.unravel_index(int(surprise.argmax()), surprise.shape)
+    when = "all steps" if step == len(own) else f"round {own[step].round}, step {own[step].step}"
+    which = "all parameters" if parameter == parameters else f"parameter {parameter + 1} of {parameters}"
+    return Noise(
+        pooled=math.sqrt(float(squares[-1, -1] / sizes[-1, -1])),
+        least=math.sqrt(float(squares[step, parameter] / sizes[step, parameter])),
+        surprise=float(surprise[step, parameter]),
+        where=f"client {client}, {when}, {which}",
+    )
+
+
+def _with_sums(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A table with the sums of its columns below it, and of its rows beside it."""
+    table = np.vstack([table, table.sum(axis=0)])
+    return np.hstack([table, table.sum(axis=1, keepdims=True)])
 
 
 def largest_correlation(seen: list[Seen]) -> tuple[float, str, int]:

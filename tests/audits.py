@@ -40,5 +40,3 @@ def sizes(**more: Any) -> Settings:
 def campaign(config: Config, folder: Path, **more: Any) -> Scene:
     """A campaign, run."""
     return scene.campaign(sizes(**more), config, folder, Quiet())
-
-

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from lamina.audits import audit, document, scene
 from lamina.audits.audit import Work
@@ -18,10 +19,11 @@ from lamina.audits.telling import Telling
 from lamina.audits.verdict import verdict
 from lamina.client.private import clipper, train
 from lamina.protos.privacy import accounting, mechanism, noise
+from lamina.protos.privacy.events import Event
 from lamina.server import spending
 from lamina.simulations import private
-from rich.console import Console
 from tests import audits
+from tests.runs import Quiet
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -49,7 +51,9 @@ def _no_clipping(patch: pytest.MonkeyPatch) -> None:
 def _clipped_by_row_not_by_unit_sum(patch: pytest.MonkeyPatch) -> None:
     """Twice the bound: as if two units were let through as one."""
     add = clipper.add
-    patch.setattr(clipper, "add", lambda found, sheet, units, goes_on, clip: add(found, sheet, units, goes_on, 2 * clip))
+    patch.setattr(
+        clipper, "add", lambda found, sheet, units, goes_on, clip: add(found, sheet, units, goes_on, 2 * clip)
+    )
 
 
 def _same_noise(patch: pytest.MonkeyPatch) -> None:
@@ -61,13 +65,24 @@ def _noise_begins_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_noise_in_one_step(patch: pytest.MonkeyPatch) -> None:
-    calls = []
+    calls, give = [], train._give_gradients
 
-    def noised(total: Any, deviation: float, stream: Any) -> Any:
+    def forgetful(parameters: Any, total: Any, mechanism: Any, stream: Any) -> None:
         calls.append(1)
-        return noise.noised(total, deviation * (1e-3 if len(calls) == 2 else 1.0), stream)
+        little = 1e-3 if len(calls) == 2 else 1.0
+        give(parameters, total, replace(mechanism, noise_multiplier=little * mechanism.noise_multiplier), stream)
 
-    patch.setattr(train, "noised", noised)
+    patch.setattr(train, "_give_gradients", forgetful)
+
+
+def _no_noise_on_one_parameter(patch: pytest.MonkeyPatch) -> None:
+    give = train._give_gradients
+
+    def forgetful(parameters: Any, total: Any, mechanism: Any, stream: Any) -> None:
+        give(parameters, total, mechanism, stream)
+        next(iter(parameters.values())).grad *= 1e-3
+
+    patch.setattr(train, "_give_gradients", forgetful)
 
 
 def _accountant_reset(patch: pytest.MonkeyPatch) -> None:
@@ -78,13 +93,17 @@ def _accountant_reset(patch: pytest.MonkeyPatch) -> None:
 def _calibrated_by_round(patch: pytest.MonkeyPatch) -> None:
     """Noise for one round where there are two, and a cost that believes it."""
     patch.setattr(mechanism, "noise_for", lambda *of: accounting.noise_for(of[0], of[1], of[2], of[3] // 2))
-    half = lambda events: [replace(one, steps=one.steps // 2) for one in events]  # noqa: E731
-    patch.setattr(mechanism, "epsilon", lambda events, delta: accounting.epsilon(half(events), delta))
+
+    def half(events: Sequence[Event], delta: float) -> float:
+        return accounting.epsilon([replace(one, steps=one.steps // 2) for one in events], delta)
+
+    patch.setattr(mechanism, "epsilon", half)
 
 
 PLANTS: Mapping[str, tuple[Plant, str]] = {
     "noise x 0.05": (_little_noise, "noise"),
     "no noise in one step": (_no_noise_in_one_step, "noise"),
+    "no noise on one parameter": (_no_noise_on_one_parameter, "noise"),
     "clipping removed": (_no_clipping, "sensitivity"),
     "clipped at twice the bound": (_clipped_by_row_not_by_unit_sum, "sensitivity"),
     "same noise at every client": (_same_noise, "independence"),
@@ -134,7 +153,7 @@ def test_a_stream_that_draws_too_often_is_found(llama: Path, notes: Path, tmp_pa
         def normal(self, count: int) -> np.ndarray:
             return np.zeros(count)
 
-    again = replace(right, stream=lambda *_: Often())  # type: ignore[arg-type,return-value]
+    again = replace(right, stream=lambda *_: Often())  # type: ignore[arg-type]
     assert sampling(often, 2000, "0").holds is not None
     assert sampling(again, 100, "0").holds is False
 
@@ -162,7 +181,7 @@ def test_a_campaign_that_was_broken_off_goes_on(llama: Path, notes: Path, tmp_pa
     class Stop(Exception):
         pass
 
-    class Interrupted(audits.Quiet):
+    class Interrupted(Quiet):
         def completed(self, completed: Any) -> None:
             if completed.state.round == 1:
                 raise Stop
