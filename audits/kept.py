@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lamina.client.train import fresh_rows
-from lamina.protos.adapter import Adapter, LoraFactors
+from lamina.protos.adapter import Adapter, LoraFactors, folded
 from lamina.protos.errors import ConfigError
 
 _PEFT = "base_model.model."
@@ -46,7 +46,7 @@ def read_adapter(path: Path, modules: Iterable[str]) -> tuple[Adapter, Mapping[s
         modules: Which; those that the file lacks are left out.
 
     Returns:
-        Float32 factors at the scales of the metadata (1 without), and the metadata.
+        Factors at the scales of the metadata (1 without), a core folded into B, and the metadata.
 
     Raises:
         ConfigError: If it cannot be read.
@@ -61,7 +61,12 @@ def read_adapter(path: Path, modules: Iterable[str]) -> tuple[Adapter, Mapping[s
                     sides = [f"{prefix}{module}.lora_{side}.weight" for side in "AB"]
                     if names.issuperset(sides):
                         rows, columns = (file.get_tensor(name) for name in sides)
-                        lora[module] = LoraFactors(rows, columns, float(scales.get(module, 1.0)))
+                        core = (
+                            file.get_tensor(between)
+                            if (between := f"{prefix}{module}.lora_core.weight") in names
+                            else None
+                        )
+                        lora[module] = folded(LoraFactors(rows, columns, float(scales.get(module, 1.0)), core))
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(
             f"{path}: expected factors as a run leaves them, got a file that cannot be read ({error})."

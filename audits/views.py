@@ -9,7 +9,7 @@ and the ranks of the others.
   their slots (`ffa`, `alternate`, `core`, `fedavg`, `zeropad`) two successive releases differ by the mean change; elsewhere
   by the product of one, cut to the peer's rank. Where that is not cut (`residual`), the rows that the others drew from the
   run's seed show what each of them changed, see `_isolated`.
-- `secagg-coordinator`: the weighted sum of the clients' changes, where the strategy needs no more.
+- `secagg-coordinator`: the weighted sum of the clients' changes, where the strategy needs no more; the coordinator of a masked run.
 - `outsider`: the final adapter, without the seed.
 """
 
@@ -133,35 +133,55 @@ def coordinator(rounds: Sequence[KeptRound], config: Config) -> View:
     return View(tuple(seen), "every client's update, and what it started from")
 
 
-def secagg_coordinator(rounds: Sequence[KeptRound], config: Config, cohorts: Mapping[int, Sequence[str]]) -> View:
-    """What the coordinator sees under secure aggregation; or would see, where the run had none.
+def _needs_single(config: Config) -> str | None:
+    """Why there is no secure sum under a strategy, None where there may be."""
+    if build(config.strategy.name, Options({"": 1}, {"": 1.0})).linear:
+        return None
+    return f"strategy={config.strategy.name} needs single updates; ffa, alternate and core need only sums"
+
+
+def secagg_coordinator(rounds: Sequence[KeptRound], config: Config) -> View:
+    """What the coordinator would have seen, had the run been under secure aggregation.
 
     Args:
         rounds: As kept.
         config: Of the run.
-        cohorts: Round -> clients whose updates are in it, from `rounds.jsonl`.
 
     Returns:
         The weighted sum of the clients' changes of each round.
     """
-    if not build(config.strategy.name, Options({"": 1}, {"": 1.0})).linear:
-        return View((), f"strategy={config.strategy.name} needs single updates; ffa, alternate and core need only sums")
-    seen = []
-    for one in rounds:
-        clients = tuple(sorted(cohorts.get(one.number, one.clients)))
-        changes = changes_of(*_only(one)) if config.privacy.secagg else _summed(one)
-        seen.append(Seen("secagg-coordinator", clients, (one.number,), changes))
-    how = "what it saw" if config.privacy.secagg else "what it would have seen under privacy.secagg=true"
-    return View(tuple(seen), f"{how}: the weighted sum of all changes")
+    if why := _needs_single(config):
+        return View((), why)
+    seen = tuple(Seen("secagg-coordinator", one.clients, (one.number,), _summed(one)) for one in rounds)
+    return View(seen, "what it would have seen under privacy.secagg=true: the weighted sum of all changes")
 
 
-def _only(one: KeptRound) -> tuple[Adapter, Adapter]:
-    """Start and end of the one update that stands for a secure sum."""
-    if len(one.clients) != 1:
-        raise ConfigError(
-            f"round {one.number}: expected one summed update under privacy.secagg=true, got {len(one.clients)}."
-        )
-    return one.releases[one.clients[0]], one.updates[one.clients[0]]
+def masked_sums(run_dir: Path, config: Config, cohorts: Mapping[int, Sequence[str]], modules: Sequence[str]) -> View:
+    """What the coordinator saw of a run under secure aggregation, which keeps no updates: how the global adapter moved.
+
+    Args:
+        run_dir: The run directory.
+        config: Of the run.
+        cohorts: Round -> clients whose changes are in its sum.
+        modules: Of which modules.
+
+    Returns:
+        The weighted sum of the last rounds whose checkpoints are there, of which two are kept by default.
+
+    Raises:
+        ConfigError: If a checkpoint cannot be read.
+    """
+    if why := _needs_single(config):
+        return View((), why)
+    there = {}
+    for path in sorted((run_dir / "checkpoints").glob("round-[0-9]*/global.safetensors")):
+        there[int(path.parent.name.removeprefix("round-"))], _ = read_adapter(path, modules)
+    seen = [
+        Seen("secagg-coordinator", tuple(sorted(cohorts[number])), (number,), changes_of(there[number - 1], after))
+        for number, after in there.items()
+        if number - 1 in there and number in cohorts
+    ]
+    return View(tuple(seen), "the weighted sum of all changes, of the rounds whose checkpoints are there")
 
 
 def _summed(one: KeptRound) -> dict[str, Change]:
@@ -191,7 +211,7 @@ def peer(rounds: Sequence[KeptRound], config: Config, client: str) -> View:
         The others' changes: one by one under `stack`, else mixed, with the client's own part taken away.
     """
     if config.privacy.secagg:
-        return View((), "privacy.secagg=true keeps no client's own releases; see secagg-coordinator, who sees no less")
+        return View((), "privacy.secagg=true keeps no releases; see secagg-coordinator, who sees no less")
     name, seen = config.strategy.name, list[Seen]()
     for one, following in itertools.pairwise(rounds):
         if client not in one.clients or client not in following.clients or following.number != one.number + 1:

@@ -115,7 +115,7 @@ def reconstruct(
     """Attack each party's view of a finished run.
 
     Args:
-        run_dir: A run directory that kept its updates.
+        run_dir: A run directory that kept its updates; one under privacy.secagg has none.
         config: Of the run.
         base: The full-precision base; its slots are overwritten.
         examples: Client id -> its training set, as the run had it; read to score what was found, never to find it.
@@ -132,7 +132,7 @@ def reconstruct(
     if inputs is None:
         why = "no adapted module takes in a vector that depends on a token alone"
         return {party: Result(False, why) for party in (*views.PARTIES, MALICIOUS)}
-    rounds = read_rounds(run_dir, inputs.modules)
+    rounds = () if config.privacy.secagg else read_rounds(run_dir, inputs.modules)
     found = _views(run_dir, rounds, config, inputs)
     _check(found, examples)
     steps = len(found) + 1
@@ -149,11 +149,13 @@ def reconstruct(
 def _views(run_dir: Path, rounds: Sequence[KeptRound], config: Config, inputs: Inputs) -> dict[str, View]:
     cohorts = _cohorts(run_dir)
     clients = sorted({client for cohort in cohorts.values() for client in cohort})
-    curious = rounds[0].clients[0]
+    masked = config.privacy.secagg
     return {
-        "peer": views.peer(rounds, config, curious),
+        "peer": views.peer(rounds, config, rounds[0].clients[0] if rounds else ""),
         "coordinator": views.coordinator(rounds, config),
-        "secagg-coordinator": views.secagg_coordinator(rounds, config, cohorts),
+        "secagg-coordinator": views.masked_sums(run_dir, config, cohorts, inputs.modules)
+        if masked
+        else views.secagg_coordinator(rounds, config),
         "outsider": views.outsider(run_dir, config, clients, sorted(cohorts), inputs.modules),
     }
 

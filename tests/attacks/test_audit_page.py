@@ -42,6 +42,8 @@ def hostile(text: str) -> Iterator[Json]:
                 at = at[part] or {}
             inner = at.get(last) or {}
             at[last] = {f"{text}{n}": one for n, one in enumerate(inner.values())}
+        for one in document["defences"] or []:
+            one["recall"] = one["chance"] = {text: 0.5}
         for one in document["reconstruction"].values():
             one["by_client"] = {text: {"recall": 0.5, "chance": 0.1}}
         yield document

@@ -231,3 +231,9 @@ def test_what_a_claim_allows_is_the_gaussian_curve() -> None:
 )
 def test_shares_are_percentages(share: float | None, shown: str) -> None:
     assert words.percent(share).replace("\u202f", " ") == shown
+
+
+@pytest.mark.parametrize("value", [True, False, None, "1", float("nan"), float("inf"), 10**400, [1.0]])
+def test_only_finite_numbers_are_figures(value: Any) -> None:
+    assert reading.number({"figures": {"auc": value}}, "figures.auc") is None
+    assert reading.number({"figures": {"auc": 1}}, "figures.auc") == 1.0
