@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina import __version__
-from lamina.audits import client_canaries, defences, document, mechanism, remembered, scene
+from lamina.audits import client_canaries, defences, document, extraction, mechanism, novelty, remembered, scene
 from lamina.audits import verdict as verdicts
 from lamina.audits.estimators.one_shot import beyond
 from lamina.audits.mechanism import Check
@@ -232,27 +232,29 @@ def _reconstruction(work: Work, progress: Progress) -> tuple[Json | None, str]:
 
 
 def _extraction(work: Work, progress: Progress) -> tuple[Json | None, str]:
-    if work.scene.config.task != "causal-lm":
-        return None, "a classifier writes nothing"
-    from lamina.audits import extraction
-
-    members, others, _ = remembered.drawn(work.scene, work.settings)
-    result = extraction.extract(
-        work.scene.prepared.base, work.scene.run.adapter, members, others, work.settings, progress
-    )
-    return result, f"verbatim {result['verbatim']:.3f}, by the base {result['verbatim_base']:.3f}"
+    config, found = work.scene.config, work.scene
+    half = min(16, config.train.max_length // 2)
+    members, others, _ = remembered.drawn(found, work.settings)
+    prompts = 32 if work.settings.quick else 64
+    how = extraction.Prompting(prompts, half, half, seed=config.seed)
+    result = extraction.extract(found.prepared.base, found.run.adapter, members, others, how, progress)
+    if result is None:
+        return None, "no text is long enough to be continued, or this is a classifier"
+    return extraction.json_of(result), f"verbatim {result.verbatim:.3f}, by the base {result.verbatim_base:.3f}"
 
 
 def _novelty(work: Work, progress: Progress) -> tuple[Json | None, str]:
-    if work.scene.config.task != "causal-lm":
+    config, found = work.scene.config, work.scene
+    train = [example for some in found.prepared.train.values() for example in some]
+    how = novelty.Exploration(seed=config.seed)
+    if work.settings.quick:
+        how = novelty.Exploration(samples=8, new_tokens=24, iterations=2, seed=config.seed)
+    result = novelty.explore(found.prepared.base, found.run.adapter, train, how, progress)
+    if result is None:
         return None, "a classifier writes nothing"
-    from lamina.audits import novelty
-
-    train = [example for some in work.scene.prepared.train.values() for example in some]
-    result = novelty.explore(work.scene.prepared.base, work.scene.run.adapter, train, work.settings, progress)
-    return (
-        result,
-        f"overlap with the training text {result['overlap_rate']:.3f}, of the base {result['base_overlap_rate']:.3f}",
+    return novelty.json_of(result), (
+        f"share of the samples' runs of 8 tokens in the training text {result.overlap_rate:.3f}, "
+        f"of the base's {result.base_overlap_rate:.3f}"
     )
 
 

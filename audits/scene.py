@@ -246,7 +246,9 @@ def of_run(settings: Settings, overrides: list[str], folder: Path, watcher: Watc
     run = reading.read(settings.run_dir, overrides)
     if run.deployed:
         return _of_deployment(settings, run, watcher.say)
-    prepared = prepare(run.config, watcher.say)
+    # All held-out rows, not only so many as the run measured on.
+    everything = replace(run.config, evaluate=replace(run.config.evaluate, max_examples=None))
+    prepared = prepare(everything, watcher.say)
     _check_same(run, prepared)
     if run.kept:
         return Scene(run, prepared)
@@ -269,7 +271,8 @@ def _replayed(run: Finished, prepared: Prepared, folder: Path, settings: Setting
     again = replace(
         config, keep_updates=kept, evaluate=evaluate, data=replace(config.data, generate=0), baselines=[], resume=""
     )
-    made, seen = _simulated(checked(again), prepared, folder / "replay", settings, watcher)
+    few = {client: held[:8] for client, held in prepared.held_out.items()}
+    made, seen = _simulated(checked(again), replace(prepared, held_out=few), folder / "replay", settings, watcher)
     if made.hashes()["adapter"] != run.hashes()["adapter"]:
         watcher.say(
             "the run that was run again gives another adapter: another machine or library, or a run that was interfered with. "

@@ -27,7 +27,6 @@ from lamina.audits.kept import KeptRound, read_adapter, start_of
 from lamina.client.train import fresh_rows
 from lamina.protos.adapter import EMPTY, Adapter, Array, LoraFactors
 from lamina.protos.config import Config
-from lamina.protos.errors import ConfigError
 from lamina.protos.sides import change_of
 from lamina.strategies import Options, build
 from lamina.strategies.factors import Pair, change, pair
