@@ -9,7 +9,7 @@ and the ranks of the others.
   their slots (`ffa`, `alternate`, `core`, `fedavg`, `zeropad`) two successive releases differ by the mean change; elsewhere
   by the product of one, cut to the peer's rank. Where that is not cut (`residual`), the rows that the others drew from the
   run's seed show what each of them changed, see `_isolated`.
-- `secagg-coordinator`: the weighted sum of the clients' changes, where the strategy needs no more; the coordinator of a masked run.
+- `secagg-coordinator`: the weighted sum of the clients' changes, where the strategy needs no more.
 - `outsider`: the final adapter, without the seed.
 """
 

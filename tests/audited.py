@@ -175,6 +175,7 @@ def private() -> Json:
             "accountant": "PLD, dp-accounting 0.6.0",
             "epsilon_recomputed": 7.98,
             "epsilon_by_round": [8 * math.sqrt(n / 20.1) for n in range(1, 21)],
+            "epsilon_reported_by_round": [8 * math.sqrt(n / 20.1) for n in range(1, 21)],
             "budget": 8.0,
         },
         "checks": _checks(True),
@@ -213,6 +214,8 @@ def private() -> Json:
             "verbatim_base": 0.0,
             "verbatim_held_out": 0.0,
             "mean_match_tokens": 0.9,
+            "mean_match_tokens_base": 0.8,
+            "mean_match_tokens_held_out": 0.8,
             "examples": [],
         },
         "novelty": {
@@ -259,11 +262,24 @@ def leaking() -> Json:
         "outsider": party(0.31, 0.115),
         "malicious-coordinator": party(0.99, 0.115, True, examples=1),
     }
+    figures: Json = {"values": {"diagnosis": 0.75, "phone": 0.5}, "values_chance": {"diagnosis": 0.125, "phone": 0.02}}
+    figures |= {
+        "recall": 0.9,
+        "pairs": {"diagnosis": 0.5},
+        "pairs_chance": 0.0625,
+        "pairs_untrained": {"diagnosis": 0.0},
+    }
+    honest = figures | {"values": {"diagnosis": 0.25, "phone": 0.1}, "pairs": {"diagnosis": 0.125}}
+    document["reconstruction"]["malicious-coordinator"] |= {
+        "why": "simulated on invented notes",
+        "notes": {"tuned": figures, "honest": honest},
+    }
     document["extraction"] |= {
         "verbatim": 0.31,
         "verbatim_base": 0.02,
         "verbatim_held_out": 0.01,
         "mean_match_tokens": 9.4,
+        "mean_match_tokens_base": 1.1,
     }
     document["extraction"]["examples"] = [
         {
@@ -276,6 +292,7 @@ def leaking() -> Json:
         "samples": [
             {
                 "text": "admitted to Bergen on Monday with a cough",
+                "variant": "static",
                 "score": 4.2,
                 "overlap": 0.75,
                 "longest": 6,
@@ -347,6 +364,7 @@ def violated() -> Json:
         "epsilon_recomputed": 81.3,
         "budget": 4.0,
         "epsilon_by_round": [0.4 + 0.2 * n for n in range(20)],
+        "epsilon_reported_by_round": [0.2 + 0.19 * n for n in range(20)],
     }
     document |= {"checks": _checks(False), "verdict": "violated", "membership": membership(2.0), "defences": None}
     document["one_run"] |= {"epsilon_lower": 4.7, "epsilon_lower_fdp": 8.9, "right": 391}

@@ -41,7 +41,8 @@ _STYLE = """
 .banner{background:var(--soft);border:1px solid var(--rule);border-radius:4px;padding:.5rem .8rem;font-size:.9rem}
 .yes{color:var(--c2)}.no{color:var(--c5)}.s{width:26%;min-width:10.5rem}td.s{padding-top:0;padding-bottom:0}
 td .muted{font-size:.8rem;line-height:1.35}td.n small,td.b small{white-space:nowrap}
-.tight th.w{width:18%}td.b{min-width:5.2rem}.s:last-child{padding-right:1rem}
+.tight th.w{width:18%}.tight td,.tight th{padding-right:.55rem}
+.notes{margin:1.6rem 0}td.b{min-width:5.2rem}.s:last-child{padding-right:1rem}
 mark{background:var(--q1);color:inherit;border-radius:2px}pre{overflow:hidden;unicode-bidi:isolate}
 td .run+.muted{padding-left:1.9em}th.w{width:30%;min-width:11rem}.facts dd small{display:block}
 """

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lamina.audits.page.reading import interval, number
-from lamina.audits.page.words import claimed, epsilon, from_zero, percent, spread, unit_of
+from lamina.audits.page.words import claimed, epsilon, from_zero, percent, spread
 from lamina.protos.pages.rows import scaled, span_row
 from lamina.protos.pages.tables import num, section, table
 
@@ -93,25 +93,25 @@ def _power(document: Document, value: float | None) -> str:
 def client_canaries(document: Document) -> str:
     """ε at the level of whole clients, estimated from canary clients, beside the analytic value."""
     value, analytic = number(document, "client_canaries.epsilon"), number(document, "client_canaries.analytic")
-    if value is None:
+    if value is None and analytic is None:
         return ""
     span = interval(document, "client_canaries.interval")
-    most = [value, analytic, *(span or ())]
-    scale, ticks = scaled([], "ε", from_zero(most))
+    scale, ticks = scaled([], "ε", from_zero([value, analytic, *(span or ())]))
     tip = f"estimated ε {num(value, 2)}{spread(span, 2)}, analytic {num(analytic, 2)}"
     row = span_row(span or (None, None), [(value, "fill c0")], [analytic], scale, tip)
-    get = {
-        key: num(number(document, f"client_canaries.{key}"), 0)
-        for key in ("canaries", "clients", "rounds", "dimension")
-    }
+    names = ("canaries", "clients", "rounds", "dimension")
+    get = {key: num(number(document, f"client_canaries.{key}"), 0) for key in names}
+    refused = number(document, "client_canaries.refused")
+    lost = f" {num(refused, 0)} of their updates were refused, which makes the estimate smaller." if refused else ""
+    estimate = f"{epsilon(value)}{spread(span, 2)}" if value is not None else "no finite estimate"
     return section(
         "Can a whole client be noticed?",
-        f"{get['canaries']} made-up clients with random changes of the largest size took part with {get['clients']} clients "
-        f"over {get['rounds']} rounds ({get['dimension']} numbers each). From how far the final adapter leans towards them "
-        f"follows an estimate of ε for {unit_of(document)[0]}: an estimate, not a proof. The stroke is what theory says of "
+        f"{get['canaries']} made-up clients with random changes, larger than may pass, took part with {get['clients']} "
+        f"clients over {get['rounds']} rounds ({get['dimension']} numbers each).{lost} How far the final adapter leans "
+        "towards them gives an estimate of ε for one client: an estimate, not a proof. The stroke is what theory says of "
         "the mechanism; far above it the noise is too weak or the clipping does not hold.",
         table(
-            [("n", "estimated ε"), ("s", ticks), ("n", "analytic ε")],
-            [[f"{epsilon(value)}{spread(span, 2)}", row, epsilon(analytic)]],
+            [("t", ""), ("n", "estimated ε"), ("s", ticks), ("n", "analytic ε")],
+            [["canary clients", estimate, row, epsilon(analytic)]],
         ),
     )

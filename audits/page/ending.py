@@ -42,12 +42,17 @@ def provenance(document: Document) -> str:
         ("quick", {True: "yes", False: "no"}.get(document.get("quick") is True)),
         ("took", duration(seconds) if seconds is not None else None),
         ("command", document.get("command")),
+        *((f"setting {name}", _setting(one)) for name, one in entries(document, "settings")[:MANY]),
         *((f"SHA-256, {name}", one) for name, one in entries(subject, "hashes")[:MANY]),
     ]
     rows = [(inline(name, 80), inline(value, 400), "") for name, value in facts if plain(value)]
     return section("Provenance", "What it takes to find or repeat this audit.", tiles(rows, "facts")) + _signature(
         document
     )
+
+
+def _setting(value: Any) -> Any:
+    return ", ".join(plain(one, 40) for one in value[:20]) if isinstance(value, list | tuple) else value
 
 
 def _signature(document: Document) -> str:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lamina.audits.estimators.gaussian import largest_tpr
 from lamina.audits.page.reading import at, entries, inline, interval, listed, number, plain, real
-from lamina.audits.page.words import allowed, claimed, epsilon, mu_of, percent, spread, unit_of, view
+from lamina.audits.page.words import claimed, client, epsilon, percent, shift_of, spread, unit_of, view
 from lamina.protos.pages.rows import bar
 from lamina.protos.pages.tables import count, num, pair, section, table, tiles
 
@@ -126,7 +127,7 @@ def _claim(document: Document) -> str:
         ("protects", f"{short}: {full}", ""),
         ("compared are", neighbours, ""),
         ("noise is added by", _noised(document), ""),
-        ("what ε means", _meaning(value, delta, short), ""),
+        ("what ε means", _meaning(document, value, short), ""),
     ]
     left = section("The claim", "What the training promised before it ran.", tiles(facts, "facts"), "figure")
     return pair(left, _by_client(document)) if entries(document, "claim.per_client") else f"<section>{left}</section>"
@@ -140,15 +141,15 @@ def _noised(document: Document) -> str:
     }.get(mode, inline(mode))
 
 
-def _meaning(value: float, delta: float | None, short: str) -> str:
+def _meaning(document: Document, value: float, short: str) -> str:
     factor = f"{num(math.exp(value), 0 if value > 3 else 1)} times" if value < 50 else "any factor"
     text = f"No outcome is more than {factor} as likely with {short} as without, or the other way round, but for a chance of δ."
-    mu = mu_of(value, delta)
+    mu = shift_of(document)
     if mu is None:
         return text
     return (
         f"{text} With Gaussian noise: an attack that wrongly accuses 1 % of those who took no part "
-        f"finds at most {percent(allowed(mu, 0.01))} of those who did."
+        f"finds at most {percent(float(largest_tpr(mu, 0.01)))} of those who did."
     )
 
 
@@ -158,7 +159,7 @@ def _by_client(document: Document) -> str:
     known = sorted(((name, one) for name, one in found if one is not None), key=lambda one: -one[1])
     most = max([*(one for _, one in known), claimed(document)[0] or 0.0], default=1.0)
     rows = [
-        [inline(name), epsilon(one) + bar(one, most, "c0", f"{plain(name)}: ε {num(one)}")]
+        [client(name), epsilon(one) + bar(one, most, "c0", f"{plain(name)}: ε {num(one)}")]
         for name, one in known[:_CLIENTS]
     ]
     rest = f" {len(known) - _CLIENTS:,} more are in audit.json." if len(known) > _CLIENTS else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lamina.audits.page.reading import at, inline, listed, number, objects, plain, real
@@ -18,6 +18,8 @@ _CHECKS = {
     "independence": "noise is fresh every time",
     "sampling": "batches are drawn at random as claimed",
     "accounting": "the ledger adds up",
+    "memory": "members are told apart no better than the claim allows",
+    "client canaries": "a whole client leaves no more trace than the ledger says",
 }
 _ROUNDS = 1000  # drawn
 
@@ -64,12 +66,17 @@ def _by_round(document: Document) -> str:
         references.append((f"claim {epsilon(value)}", value))
     rounds = [float(number) for number in range(1, len(spent) + 1)]
     tips = [f"round {index}: ε {num(one)} spent so far" for index, one in enumerate(spent, start=1)]
-    most = max(*known, *(level for _, level in references), 0.0)
+    reported = [real(one) for one in listed(document, "mechanism.epsilon_reported_by_round")[:_ROUNDS]]
+    told = []
+    if any(one is not None for one in reported) and not _same(spent, reported):
+        told.append(Series("reported", [float(n) for n in range(1, len(reported) + 1)], reported, "c1 d1"))
+    most = max(*known, *(one for one in reported if one is not None), *(level for _, level in references), 0.0)
     return section(
         "ε by round",
-        "ε of all rounds so far together. Above the budget line the promise is broken.",
+        "ε of all rounds so far together, computed anew. Above the budget line the promise is broken."
+        + (" Dashed: what the run itself reported." if told else ""),
         line_chart(
-            [Series(f"spent {epsilon(known[-1])}", rounds, spent, "c0", tips)],
+            [Series(f"spent {epsilon(known[-1])}", rounds, spent, "c0", tips), *told],
             Axis("round", whole=True),
             Axis("ε", bounds=(0.0, 1.06 * most or 1.0)),
             "ε by round",
@@ -77,6 +84,12 @@ def _by_round(document: Document) -> str:
         ),
         "figure",
     )
+
+
+def _same(spent: Sequence[float | None], reported: Sequence[float | None]) -> bool:
+    """Whether the run reported what was computed anew, to the places that a page shows."""
+    both = [(a, b) for a, b in zip(spent, reported) if a is not None and b is not None]
+    return len(spent) == len(reported) and all(abs(a - b) <= 0.005 * max(abs(a), abs(b)) for a, b in both)
 
 
 def checks(document: Document) -> str:

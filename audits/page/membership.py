@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lamina.audits.estimators.gaussian import largest_tpr
 from lamina.audits.page.reading import at, entries, inline, interval, listed, number, plain, real
-from lamina.audits.page.words import allowed, claimed, epsilon, from_zero, mu_of, percent, percents, spread, under
+from lamina.audits.page.words import claimed, epsilon, from_zero, percent, percents, shift_of, spread, under
 from lamina.protos.pages.charts import COLOURS, DASHES, Axis, Series, line_chart, usable
 from lamina.protos.pages.rows import scaled, span_row
 from lamina.protos.pages.tables import num, pair, section, table
@@ -17,11 +18,14 @@ Document = Mapping[str, Any]
 _ATTACKS, _POINTS = 12, 400  # shown of the attacks, and of the points of a curve
 _RATES = ("0.01", "0.001")  # false-alarm rates of the table
 _OF = {"canaries": "planted canaries", "rows": "the run's own rows"}
+_FINAL = ", final adapter"  # ends the name of an attack on what everyone sees, beside one on what a coordinator sees
 # How an audit names its attacks -> a word of explanation.
 _NAMES = {
     "loss": "how well the trained model predicts the text",
-    "calibrated": "the same, compared with the public base model",
+    "calibrated": "how well it predicts it, compared with the public base model",
     "min-k++": "the least expected words of the text",
+    "min-k++ calibrated": "the same, compared with the public base model",
+    "margin": "how sure the trained model is of the label",
     "rmia": "compared with models trained with and without it",
     "lira": "a likelihood ratio over models trained with and without it",
 }
@@ -64,7 +68,7 @@ def _reading(document: Document) -> str:
     line = (
         f" The dotted line is the most that a Gaussian mechanism with exactly the claimed ε = {epsilon(value)} allows: a "
         "curve that lies clearly above it speaks against the claim."
-        if mu_of(*claimed(document)) is not None
+        if _curve(document, _OF["canaries"]) is not None
         else ""
     )
     return (
@@ -88,7 +92,7 @@ def _roc(document: Document, attacks: Sequence[tuple[str, Any]], title: str, oth
         if not kept:
             continue
         smallest += [x for x, _ in kept if x > 0][:1]
-        label, style = f"{plain(name, 16)} {num(number(one, 'auc'), 2)}", _style(index)
+        label, style = f"{_short(name)} {num(number(one, 'auc'), 2)}", _style(index)
         tip = f"{plain(name)}: AUC {num(number(one, 'auc'))}"
         order = number(one, "auc") or 0.0
         lines.append((order, Series(label, [100 * x for x, _ in kept], [100 * y for _, y in kept], style, tip=tip)))
@@ -98,9 +102,11 @@ def _roc(document: Document, attacks: Sequence[tuple[str, Any]], title: str, oth
     grid = [floor ** (1 - step / 60) for step in range(61)]
     chance = Series("chance 0.50", [100 * x for x in grid], [100 * x for x in grid], "ref d1")
     drawn = [chance, *(line for _, line in sorted(lines, key=lambda one: one[0]))]  # the last is labelled at the top
-    mu = mu_of(*claimed(document))
+    mu = _curve(document, title)
     if mu is not None:
-        drawn.append(Series("most allowed", [100 * x for x in grid], [100 * allowed(mu, x) for x in grid], "c6 d2"))
+        drawn.append(
+            Series("most allowed", [100 * x for x in grid], [100 * float(largest_tpr(mu, x)) for x in grid], "c6 d2")
+        )
     bounds = (100 * floor, 100.0)
     return section(
         f"ROC, {title}",
@@ -116,6 +122,21 @@ def _roc(document: Document, attacks: Sequence[tuple[str, Any]], title: str, oth
     )
 
 
+def _curve(document: Document, title: str) -> float | None:
+    """μ of the claim's curve, where the claim is about what is attacked: a canary is a record or a user of its own, a row is not
+    a user, and neither is a client.
+    """
+    unit = plain(at(document, "claim.unit"))
+    fits = unit == "record" or (unit == "user" and title != _OF["rows"])
+    return shift_of(document) if fits else None
+
+
+def _short(name: str) -> str:
+    """A name for the end of a line."""
+    short = plain(name).replace(_FINAL, ", final")
+    return short if len(short) <= 20 else short[:19] + "…"
+
+
 def _style(index: int) -> str:
     return f"c{index % COLOURS} d{index // COLOURS % DASHES}"
 
@@ -128,7 +149,7 @@ def _table(attacks: Sequence[tuple[str, Any]], title: str, primary: str, others:
     scale, ticks = scaled(values, "AUC", Axis("", bounds=(min(low, 0.4), 1.0)))
     rows = []
     for index, ((name, one), (auc, span)) in enumerate(zip(attacks, spans, strict=True)):
-        about = _NAMES.get(name, "")
+        about = _NAMES.get(name.removesuffix(_FINAL), "")
         first = " (chosen beforehand)" if name == primary else ""
         needs = f"; needs {inline(one.get('needs'))}" if plain(one.get("needs")) else ""
         note = f"{about}{needs}".removeprefix("; ")

@@ -7,13 +7,14 @@ from itertools import zip_longest
 from typing import Any
 
 from lamina.audits.page.marking import block, listing, side_by_side
-from lamina.audits.page.reading import entries, inline, number, objects, plain
-from lamina.audits.page.words import VIEWS, leaking, percent, view
+from lamina.audits.page.reading import entries, inline, number, objects, plain, real
+from lamina.audits.page.words import VIEWS, client, leaking, percent, under, view
 from lamina.protos.pages.charts import Axis, Scale
 from lamina.protos.pages.rows import dot_row, scaled
 from lamina.protos.pages.tables import num, section, table
 
 Document = Mapping[str, Any]
+_PREPARED = ("tuned.values", "honest.values", "tuned.pairs", "honest.pairs")
 _SHOWN, _MOST, _CLIENTS = 4, 24, 40  # examples at once and in all, clients of a party
 
 
@@ -34,13 +35,14 @@ def of(document: Document) -> str:
         ("t", "of whom"),
     ]
     body = table(heads, [_row(name, one, scale) for name, one in parties])
+    notes = "".join(_notes(one) for _, one in parties)
     clients = "".join(_clients(name, one, scale) for name, one in parties)
     return section(
         "What could each party read?",
         "Each party was given exactly what it sees in a run and looked in it for the tokens (words and parts of words) of the "
         "training text. Hollow: chance, which is what guessing would recover; filled: what was recovered, orange where it "
         "is more than 6 points above chance. ROUGE-L says how much of a text came out in the right order, from 0 to 1.",
-        f"{body}{clients}",
+        f"{body}{notes}{clients}",
     ) + _examples(parties)
 
 
@@ -53,32 +55,63 @@ def _row(name: str, one: Mapping[str, Any], scale: Scale) -> list[str]:
     tip = f"{plain(name)}: {percent(recall)} of the tokens recovered, {percent(chance)} by chance"
     style = leaking(recall, chance)
     dots = dot_row([(chance, style), (recall, style)], scale, tip, joined=True)
+    rouge, by_chance = number(one, "rouge_l"), number(one, "rouge_l_chance")
     whom = "single clients" if one.get("individuals") is True else "all clients together"
     size = f"{num(number(one, 'tokens'), 0)} tokens" + (
         f", {num(number(one, 'clients'), 0)} clients" if number(one, "clients") is not None else ""
     )
+    why = f'<div class="muted">{inline(one.get("why"), 300)}</div>' if plain(one.get("why")) else ""
     return [
-        who,
-        f'{percent(recall)}<br><small class="muted">chance {percent(chance)}</small>',
+        f"{who}{why}",
+        f"{percent(recall)}{under(f'chance {percent(chance)}')}",
         dots,
-        f'{num(number(one, "auc"))}<br><small class="muted">chance 0.5</small>',
-        f'{num(number(one, "rouge_l"))}<br><small class="muted">chance {num(number(one, "rouge_l_chance"))}</small>',
+        f"{num(number(one, 'auc'))}{under('chance 0.5')}",
+        f"{num(rouge)}{under(f'chance {num(by_chance)}') if rouge is not None else ''}",
         f'{whom}<div class="muted">{size}</div>',
     ]
 
 
+def _notes(one: Mapping[str, Any]) -> str:
+    """What a coordinator that prepared the base read of invented notes, beside one that did not, and beside guessing."""
+    kinds = [kind for kind, _ in entries(one, "notes.tuned.values")][:_CLIENTS]
+    if not kinds:
+        return ""
+    get = {
+        key: dict(entries(one, f"notes.{key}")) for key in (*_PREPARED, "tuned.values_chance", "tuned.pairs_untrained")
+    }
+    guessed = number(one, "notes.tuned.pairs_chance")
+    rows = []
+    for kind in kinds:
+        figures = [real(get[key].get(kind)) for key in _PREPARED]
+        chance = [real(get["tuned.values_chance"].get(kind)), guessed if kind in get["tuned.pairs"] else None]
+        shown = [
+            f"{percent(figure)}{under(f'chance {percent(level)}')}" if figure is not None else "–"
+            for figure, level in zip(figures, (chance[0], chance[0], chance[1], chance[1]), strict=True)
+        ]
+        rows.append([inline(kind, 40), *shown, percent(real(get["tuned.pairs_untrained"].get(kind)))])
+    heads = [("t", "in invented notes"), ("n", "found, prepared base"), ("n", "found, honest base")]
+    heads += [("n", "matched, prepared"), ("n", "matched, honest"), ("n", "matched, no update")]
+    caption = (
+        "The coordinator first had the base model learn public notes of the same form by heart, or did not (honest), and "
+        "then read a client's update. Found: values of the client's notes among its best guesses. Matched: names given "
+        "their own value; without an update it has only the base."
+    )
+    title = "<h3>A prepared base, on invented notes</h3>"
+    return f'<figure class="notes">{title}<p class="caption">{caption}</p>{table(heads, rows)}</figure>'
+
+
 def _clients(name: str, one: Mapping[str, Any], scale: Scale) -> str:
     """The same for each client that a party could read apart."""
-    found = [(client, each) for client, each in entries(one, "by_client") if isinstance(each, Mapping)]
+    found = [(ident, each) for ident, each in entries(one, "by_client") if isinstance(each, Mapping)]
     if one.get("applicable") is False or not found:
         return ""
     rows = []
-    for client, each in found[:_CLIENTS]:
+    for ident, each in found[:_CLIENTS]:
         recall, chance = number(each, "recall"), number(each, "chance")
-        tip = f"{plain(client)}: {percent(recall)} recovered, {percent(chance)} by chance"
+        tip = f"{plain(ident)}: {percent(recall)} recovered, {percent(chance)} by chance"
         style = leaking(recall, chance)
         row = dot_row([(chance, style), (recall, style)], scale, tip, joined=True)
-        rows.append([inline(client), percent(recall), row, percent(chance)])
+        rows.append([client(ident), percent(recall), row, percent(chance)])
     rest = (
         f'<p class="muted">{len(found) - _CLIENTS:,} more clients are in audit.json.</p>'
         if len(found) > _CLIENTS
@@ -98,7 +131,7 @@ def _examples(parties: list[tuple[str, Mapping[str, Any]]]) -> str:
     shown = []
     for name, example in every[:_MOST]:
         original, recovered = side_by_side(example.get("original"), example.get("recovered"))
-        whose = f" of {inline(example.get('client'))}" if plain(example.get("client")) else ""
+        whose = f" of {client(example.get('client'))}" if plain(example.get("client")) else ""
         shown.append(
             f'<div class="pair">{block(f"Original{whose}", original)}{block(f"Read by {view(name)}", recovered)}</div>'
         )

@@ -14,6 +14,11 @@ from lamina.protos.pages.tables import num, section, table
 
 Document = Mapping[str, Any]
 _SHOWN, _MOST = 4, 24
+_MATCH = {
+    "verbatim": "mean_match_tokens",
+    "verbatim_base": "mean_match_tokens_base",
+    "verbatim_held_out": "mean_match_tokens_held_out",
+}
 
 
 def extraction(document: Document) -> str:
@@ -25,18 +30,14 @@ def extraction(document: Document) -> str:
         ("public base model, the same text", "verbatim_base", "c6"),
         ("trained model, text that nobody trained on", "verbatim_held_out", "c6"),
     )
-    values = [(name, number(document, f"extraction.{key}"), style) for name, key, style in rows_of]
     scale, ticks = scaled([], "share of prompts", Axis("", bounds=(0.0, 1.0)))
-    rows = [
-        [
-            name,
-            percent(value),
-            span_row((0.0, value), [(value, f"fill {style}")], [], scale, f"{name}: {percent(value)}"),
-        ]
-        for name, value, style in values
-    ]
-    match, prefix = number(document, "extraction.mean_match_tokens"), number(document, "extraction.prefix_tokens")
-    more = f" On average {num(match, 1)} tokens are right before it departs." if match is not None else ""
+    rows = []
+    for name, key, style in rows_of:
+        value, match = number(document, f"extraction.{key}"), number(document, f"extraction.{_MATCH[key]}")
+        drawn = span_row((0.0, value), [(value, f"fill {style}")], [], scale, f"{name}: {percent(value)}")
+        rows.append([name, percent(value), drawn, num(match, 1)])
+    prefix, new = number(document, "extraction.prefix_tokens"), number(document, "extraction.new_tokens")
+    length = f" for {num(new, 0)} tokens" if new is not None else ""
     every, shown = objects(document, "extraction.examples"), []
     for example in every[:_MOST]:
         original, found = continued(example.get("original"), example.get("continued"))
@@ -46,9 +47,11 @@ def extraction(document: Document) -> str:
     return section(
         "Does it recite its training text?",
         f"The model was given the first {num(prefix, 0)} tokens of {num(number(document, 'extraction.prompts'), 0)} training "
-        f"texts. Counted is how often it goes on exactly as the text does; the two lower rows are the level of chance.{more} "
+        f"texts. Counted is how often it goes on exactly as the text does{length}; the two lower rows are the level of chance. "
         "Marked below: what it continues word for word.",
-        table([("t w", "who continues what"), ("n", "word for word"), ("s", ticks)], rows)
+        table(
+            [("t w", "who continues what"), ("n", "word for word"), ("s", ticks), ("n", "right tokens in a row")], rows
+        )
         + listing(shown, _SHOWN, "examples", len(every)),
     )
 
@@ -63,6 +66,7 @@ def novelty(document: Document) -> str:
     for sample in samples[:_MOST]:
         passages = [*listed(sample, "shared"), sample.get("longest")]
         facts = [
+            escape(plain(sample.get("variant"), 40)),
             f"score {num(number(sample, 'score'), 2)}" if usable(number(sample, "score")) else "",
             f"{percent(number(sample, 'overlap'))} of it in the training text"
             if usable(number(sample, "overlap"))

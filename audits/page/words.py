@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from statistics import NormalDist
 from typing import Any
 
-from lamina.audits.page.reading import number, plain
+from lamina.audits.estimators import gaussian
+from lamina.audits.page.reading import inline, number, plain
 from lamina.protos.pages.charts import Axis, escape, signed, usable
 from lamina.protos.pages.tables import num
 
@@ -39,6 +38,12 @@ _LARGEST = 100.0  # epsilon up to which a curve is worth drawing; beyond it ever
 def view(name: str) -> str:
     """A party in words, as markup."""
     return escape(VIEWS.get(name, plain(name)))
+
+
+def client(ident: Any) -> str:
+    """A client by its name, or by its number, as markup."""
+    name = plain(ident)
+    return f"client {name}" if name.isascii() and name.isdigit() else inline(ident)
 
 
 def reader(name: str) -> str:
@@ -87,39 +92,12 @@ def unit_of(document: Mapping[str, Any]) -> tuple[str, str]:
     return UNITS.get(name, (f"one {escape(name or 'unit')}", escape(name or "not recorded")))
 
 
-def mu_of(epsilon: float | None, delta: float | None) -> float | None:
-    """The noise that a claim stands for: μ of the Gaussian mechanism that is exactly (ε, δ)-private.
-
-    Args:
-        epsilon: Of the claim.
-        delta: Of the claim.
-
-    Returns:
-        Distance of the means in standard deviations (Dong et al. 1905.02383, corollary 2.13), or None where it has no meaning.
-    """
-    if epsilon is None or delta is None or not 0 <= epsilon <= _LARGEST or not 0 < delta < 1:
+def shift_of(document: Mapping[str, Any]) -> float | None:
+    """The claim as a Gaussian curve: μ of the Gaussian mechanism that is exactly (ε, δ)-private, or None where it has none."""
+    value, delta = claimed(document)
+    if value is None or delta is None or not 0 <= value <= _LARGEST or not 0 < delta < 1:
         return None
-    low, high = 0.0, 60.0
-    for _ in range(80):
-        middle = (low + high) / 2
-        spent = _below(middle / 2 - epsilon / middle) - math.exp(epsilon) * _below(-middle / 2 - epsilon / middle)
-        low, high = (middle, high) if spent < delta else (low, middle)
-    return low
-
-
-def allowed(mu: float, false_alarms: float) -> float:
-    """The largest share of members that an attack can find under μ-Gaussian privacy.
-
-    Args:
-        mu: From `mu_of`.
-        false_alarms: Share of others that it takes for members.
-
-    Returns:
-        A share between 0 and 1.
-    """
-    if not 0 < false_alarms < 1:
-        return float(false_alarms >= 1)
-    return _below(NormalDist().inv_cdf(false_alarms) + mu)
+    return gaussian.mu_of(value, delta)
 
 
 def from_zero(values: Iterable[float | None]) -> Axis:
@@ -130,8 +108,3 @@ def from_zero(values: Iterable[float | None]) -> Axis:
 def claimed(document: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """ε and δ of the claim."""
     return number(document, "claim.epsilon"), number(document, "claim.delta")
-
-
-def _below(x: float) -> float:
-    """The standard normal distribution, exact in its lower tail, which e^ε multiplies."""
-    return math.erfc(-x / math.sqrt(2)) / 2

@@ -16,7 +16,7 @@ from lamina.audits.kept import KeptRound, read_rounds
 from lamina.audits.reconstruction import malicious
 from lamina.audits.reconstruction.inputs import Inputs, token_inputs
 from lamina.audits.reconstruction.ordering import best_match, ordered
-from lamina.audits.reconstruction.span import Scores, recovery, token_scores, top
+from lamina.audits.reconstruction.span import Scored, recovery, token_scores, top
 from lamina.audits.reconstruction.truth import tokens_of, trained_on
 from lamina.audits.views import Seen, View
 from lamina.client.data import Example
@@ -82,7 +82,7 @@ class Result:
         applicable: Whether it sees anything that can be attacked.
         why: What it sees, or why nothing.
         recall: Share of the tokens of the batches among as many best scores, of single clients where the view has them.
-        chance: That share for guesses.
+        chance: That share where the same attack is given noise; at least that of blind guesses.
         auc: Of the scores.
         rouge_l: Of the texts with the nearest original.
         rouge_l_chance: The same of a text from another look's tokens, of other clients where there is one, else from random ones.
@@ -181,9 +181,10 @@ def _check(found: Mapping[str, View], examples: Examples) -> None:
 def _attacked(view: View, config: Config, base: Base, inputs: Inputs, examples: Examples, settings: Settings) -> Result:
     first = sorted({seen.rounds for seen in view.seen})[: settings.rounds]
     alone = any(seen.individual for seen in view.seen)
-    looks: list[tuple[Seen, Scores]] = []
+    looks: list[tuple[Seen, Scored]] = []
     for seen in [one for one in view.seen if one.rounds in first][: settings.looks]:
-        scores = token_scores(seen, inputs)
+        rng = seeds.stream(settings.seed, "audit", "noise", seen.party, *seen.clients, *seen.rounds)
+        scores = token_scores(seen, inputs, rng)
         if scores is not None and (seen.individual or not alone):
             looks.append((seen, scores))
     if not looks:
@@ -222,7 +223,7 @@ def _all(truth: Mapping[str, list[Example]]) -> list[Example]:
 
 
 def _with_texts(
-    result: Result, base: Base, looks: Sequence[tuple[Seen, Scores]], truths: Sequence[Mapping[str, list[Example]]],
+    result: Result, base: Base, looks: Sequence[tuple[Seen, Scored]], truths: Sequence[Mapping[str, list[Example]]],
     settings: Settings,
 ) -> Result:  # fmt: skip
     """The result with some texts: of each a look's tokens in order, and what another look's would have given."""
@@ -234,7 +235,7 @@ def _with_texts(
             continue
         count = len(tokens_of(_all(truths[number])))
         length = min(settings.length, max(len(tokens) for _, tokens in originals))
-        text = ordered(base, top(scores, count), length, settings.starts)
+        text = ordered(base, top(scores.scores, count), length, settings.starts)
         match, nearest = best_match(text, [tokens for _, tokens in originals])
         guess = ordered(base, _elsewhere(looks, number, count, settings.seed), length, settings.starts)
         matches.append(match)
@@ -247,13 +248,13 @@ def _with_texts(
     return replace(result, rouge_l=mean, rouge_l_chance=by_chance, examples=tuple(texts[:3]))
 
 
-def _elsewhere(looks: Sequence[tuple[Seen, Scores]], number: int, count: int, seed: int) -> NDArray[np.int64]:
+def _elsewhere(looks: Sequence[tuple[Seen, Scored]], number: int, count: int, seed: int) -> NDArray[np.int64]:
     """As many tokens that have nothing to do with a look: those of another one of other clients, or random ones."""
     mine, scores = looks[number]
     for seen, others in [*looks[number + 1 :], *looks[:number]]:
         if not set(seen.clients) & set(mine.clients):
-            return top(others, count)
-    return seeds.stream(seed, "audit", "tokens", number).permutation(len(scores))[:count].astype(np.int64)
+            return top(others.scores, count)
+    return seeds.stream(seed, "audit", "tokens", number).permutation(len(scores.scores))[:count].astype(np.int64)
 
 
 def _decoded(base: Base, ids: Sequence[int] | NDArray[Any]) -> str:

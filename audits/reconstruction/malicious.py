@@ -1,10 +1,11 @@
 """A coordinator that hands out a base which it has tuned to memorise notes, after ReCIT (2025, arXiv:2504.20570).
 
-What is simulated: the coordinator holds public notes of the same form as a client's private ones and tunes the base on them; the
-client fine-tunes that base on its notes, honestly and with this project's own training; the coordinator sees its update. It then
-asks (1) which tokens the update shows, (2) which of many candidate values were in the notes, by the tokens of each and by how much
-likelier the update makes it, and (3) which value belongs to which name, by the likelihood of each pair; the names, and for (3) the
-values, are given. The same client on the honest base is the comparison: it shows what the tuning adds, which may be nothing.
+What is simulated: the coordinator holds public notes of the same form as a client's private ones and tunes the base on them;
+the client fine-tunes that base on its notes, honestly and with this project's own training; the coordinator sees its update.
+It then asks (1) which tokens the update shows, (2) which of many candidate values were in the notes, by the tokens of each and
+by how much likelier the update makes it, and (3) which value belongs to which name, by the likelihood of each pair; the names,
+and for (3) the values, are given. The same client on the honest base is the comparison: it shows what the tuning adds, which may
+be nothing.
 
 What is not: the paper's own choice of notes and its personal data of real form, large models, and values that are in no list of
 candidates. Tuning is low-rank and rides beside the base, as a merged one would act. A site that pins the hash of its base, as
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from lamina.audits.reconstruction.inputs import Inputs
 from lamina.audits.reconstruction.notes import KINDS, Note, invented, prompt, value, values
-from lamina.audits.reconstruction.span import Recovery, Scores, recovery, standard, token_scores
+from lamina.audits.reconstruction.span import Recovery, Scored, Scores, recovery, standard, token_scores
 from lamina.audits.reconstruction.truth import tokens_of
 from lamina.audits.views import Seen, changes_of
 from lamina.client.data import Example
@@ -121,8 +122,8 @@ def attack(base: Base, inputs: Inputs, scenario: Scenario, progress: Callable[[i
         before = scenario.tuning_steps + number * scenario.client_steps
         steps = (scenario.client_steps, scenario)
         start, after = _tuned(base, private, frozen, "client", steps, said(before))
-        scores = token_scores(Seen("coordinator", ("client",), (1,), changes_of(start, after)), inputs)
-        found, texts = _learnt(base, frozen, after, (private, decoys), scores)
+        scored = token_scores(Seen("coordinator", ("client",), (1,), changes_of(start, after)), inputs, rng)
+        found, texts = _learnt(base, frozen, after, (private, decoys), scored)
         worlds.append(found)
         examples = examples or texts
     return Malicious(worlds[0], worlds[1], tuple(examples))
@@ -158,18 +159,18 @@ def _learnt(
     frozen: Frozen | None,
     after: Adapter,
     notes: tuple[Sequence[Note], Sequence[Note]],
-    scores: Scores | None,
+    scored: Scored | None,
 ) -> tuple[Found, list[tuple[str, str]]]:
-    """What scores and likelihoods say of a client's notes; some of the pairs, and the notes."""
+    """What tokens and likelihoods say of a client's notes; some of the pairs, and the notes."""
     private, decoys = notes
-    if scores is None:
+    if scored is None:
         raise RuntimeError("expected the client's factors to have moved")
     recalled, chances, pairs, untrained = {}, {}, {}, {}
     guesses: dict[str, list[int]] = {}
     for kind in KINDS:
         pool = values(private, kind) + values(decoys, kind)
         gains = _matrix(base, frozen, after, private, pool, kind) - _matrix(base, frozen, EMPTY, private, pool, kind)
-        seen = np.array([scores[_ids(base, one)].mean() for one in pool])
+        seen = np.array([scored.scores[_ids(base, one)].mean() for one in pool])
         best = np.argsort(-(standard(seen) + standard(gains.max(axis=0))), kind="stable")[: len(private)]
         recalled[kind], chances[kind] = float((best < len(private)).mean()), len(private) / len(pool)
         own = gains[:, : len(private)]
@@ -178,7 +179,7 @@ def _learnt(
         pairs[kind] = float(np.mean(np.array(guesses[kind]) == np.arange(len(private))))
         untrained[kind] = float(np.mean((alone - alone.mean(axis=0)).argmax(axis=1) == np.arange(len(private))))
     truth = tokens_of([_example(base, note.text) for note in private])
-    found = Found(recovery(scores, truth), recalled, chances, pairs, 1 / len(private), untrained)
+    found = Found(recovery(scored, truth), recalled, chances, pairs, 1 / len(private), untrained)
     return found, [(note.text, _pieced(note, private, guesses, number)) for number, note in enumerate(private[:3])]
 
 

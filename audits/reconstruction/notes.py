@@ -1,4 +1,4 @@
-"""Invented clinical notes: short texts of one form in which names, diagnoses and phone numbers belong together. Nobody is real."""
+"""Invented clinical notes, of one form, in which a name, a diagnosis and a phone number belong together. Nobody is real."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ off, and the other kind adds little.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,34 +88,56 @@ def _off_the_known(rows: Matrix, known: Matrix | None) -> Evidence:
     return Evidence(rows @ free.T, free)
 
 
-def token_scores(seen: Seen, inputs: Inputs) -> Scores | None:
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Scores of the vocabulary, and what the same attack makes of noise.
+
+    Attributes:
+        scores: (vocab,), higher is likelier.
+        of_noise: The same from matrices of the same shapes that hold noise: what of a score is no evidence, such as that frequent
+            tokens lie in directions of their own.
+    """
+
+    scores: Scores
+    of_noise: tuple[Scores, ...]
+
+
+def token_scores(seen: Seen, inputs: Inputs, rng: np.random.Generator, guesses: int = 4) -> Scored | None:
     """How likely each token of the vocabulary was in the batches that a view shows; of its positions the likeliest.
 
     Args:
         seen: What a party sees.
         inputs: Where the inputs of tokens are.
+        rng: Of the noise.
+        guesses: How often noise is scored.
 
     Returns:
-        (vocab,), higher is likelier; None where nothing of these modules changed.
+        The scores; None where nothing of these modules changed.
     """
-    return scores_of(evidence(seen.changes, inputs.modules), inputs.at, inputs.positions)
+    families = evidence(seen.changes, inputs.modules)
+    if not families:
+        return None
+    noise = [
+        [[replace(one, rows=rng.normal(size=one.rows.shape)) for one in family] for family in families]
+        for _ in range(guesses)
+    ]
+    found = [scores_of(some, inputs.at, inputs.positions) for some in (families, *noise)]
+    return Scored(found[0], tuple(found[1:]))
 
 
 def scores_of(
     families: Sequence[Sequence[Evidence]], inputs: Callable[[int], Iterator[Matrix]], positions: int = 1
-) -> Scores | None:
+) -> Scores:
     """See `token_scores`.
 
     Args:
-        families: Evidence; each family's scores are added up, then standardised.
+        families: Evidence, at least one family; each family's scores are added up, then standardised.
         inputs: Position -> pieces (tokens, d_in) in the order of token ids.
         positions: How many there are.
 
     Returns:
-        (vocab,), or None without evidence.
+        (vocab,), higher is likelier.
     """
-    if not families:
-        return None
     moment, count = np.zeros(()), 0
     for piece in inputs(0):
         moment, count = moment + piece.T @ piece, count + len(piece)
@@ -171,7 +193,7 @@ class Recovery:
     Attributes:
         tokens: How many different ones there were, n.
         recall: Share of them among the n best scores.
-        chance: n over the vocabulary, what n guesses without any scores find.
+        chance: That share where the attack is given noise; at least n over the vocabulary, what n guesses find.
         auc: Probability that a token that was there scores higher than one that was not; NaN where there is none of either.
     """
 
@@ -181,27 +203,27 @@ class Recovery:
     auc: float
 
 
-def recovery(scores: Scores, truth: NDArray[np.int64]) -> Recovery:
+def recovery(scored: Scored, truth: NDArray[np.int64]) -> Recovery:
     """Hold scores against the tokens that were there, whose number the evaluation alone knows.
 
     Args:
-        scores: (vocab,).
+        scored: Scores, and scores of noise.
         truth: Ids, each once.
 
     Returns:
         The figures.
     """
-    here = np.zeros(len(scores), bool)
+    here = np.zeros(len(scored.scores), bool)
     here[truth] = True
     count, others = int(here.sum()), int((~here).sum())
-    best = top(scores, count)
-    ranks = np.empty(len(scores))
-    order = np.argsort(scores, kind="stable")
-    values, first, sizes = np.unique(scores[order], return_index=True, return_counts=True)
-    ranks[order] = np.repeat(first + (sizes + 1) / 2, sizes)
-    del values
-    auc = (ranks[here].sum() - count * (count + 1) / 2) / (count * others) if count and others else np.nan
-    return Recovery(count, float(here[best].mean()) if count else 0.0, count / len(scores), float(auc))
+    if not count:
+        return Recovery(0, 0.0, 0.0, float("nan"))
+    recalls = [float(here[top(scores, count)].mean()) for scores in (scored.scores, *scored.of_noise)]
+    _, places, sizes = np.unique(scored.scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(sizes) - (sizes - 1) / 2)[places]  # from 1, equal scores sharing theirs
+    auc = (ranks[here].sum() - count * (count + 1) / 2) / (count * others) if others else float("nan")
+    chance = max(count / len(here), float(np.mean(recalls[1:])) if scored.of_noise else 0.0)
+    return Recovery(count, recalls[0], chance, float(auc))
 
 
 def top(scores: Scores, count: int) -> NDArray[np.int64]:

@@ -46,6 +46,7 @@ def hostile(text: str) -> Iterator[Json]:
             one["recall"] = one["chance"] = {text: 0.5}
         for one in document["reconstruction"].values():
             one["by_client"] = {text: {"recall": 0.5, "chance": 0.1}}
+            one["notes"] = {"tuned": {"values": {text: 0.5}}}
         yield document
 
 
@@ -121,7 +122,7 @@ def test_megabytes_are_clipped() -> None:
     sound(raw)
 
 
-ODD = [None, math.nan, -math.inf, 1e308, 5e-324, 10**400, -1, 0, True, "8", [], [[]], {"value": {}}]
+ODD: list[Any] = [None, math.nan, -math.inf, 1e308, 5e-324, 10**400, -1, 0, True, "8", [], [[]], {"value": {}}]
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda value: repr(value)[:12])
@@ -152,7 +153,7 @@ def test_whatever_stands_anywhere_the_page_is_a_page(data: st.DataObject) -> Non
             key = data.draw(st.sampled_from(keys))
             deeper = at[key]
             if not (isinstance(deeper, dict | list) and deeper) or data.draw(st.integers(0, 3)) == 0:
-                at[key] = data.draw(JSON)
+                at[key] = copy.deepcopy(data.draw(JSON))  # some values are shared
                 break
             at = deeper
     sound(render(document | SCHEMA_ONLY))

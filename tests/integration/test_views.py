@@ -76,6 +76,16 @@ def same(got: np.ndarray | None, wanted: np.ndarray, size: float = 0.0) -> None:
     np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6 * largest)
 
 
+def rows_of(change: Change) -> np.ndarray:
+    assert change.rows is not None
+    return change.rows
+
+
+def columns_of(change: Change) -> np.ndarray:
+    assert change.columns is not None
+    return change.columns
+
+
 def change_product(start: LoraFactors, trained: LoraFactors) -> np.ndarray:
     return product(trained) - product(start)
 
@@ -89,10 +99,10 @@ def test_the_coordinator_sees_each_change_from_where_it_started(kept: Play, stra
         (client,), (number,) = look.clients, look.rounds
         start, trained = starts(run, number - 1)[client], run.rounds[number - 1].updates[client]
         for module, change in look.changes.items():
-            assert np.array_equal(change.rows, trained.lora[module].A.astype(np.float64) - start.lora[module].A)
-            assert np.array_equal(change.columns, trained.lora[module].B.astype(np.float64) - start.lora[module].B)
+            assert np.array_equal(rows_of(change), trained.lora[module].A.astype(np.float64) - start.lora[module].A)
+            assert np.array_equal(columns_of(change), trained.lora[module].B.astype(np.float64) - start.lora[module].B)
         # One step of AdamW moves a number by at most about the rate: from another start it would be many times that.
-        most = max(float(np.abs(change.rows).max()) for change in look.changes.values() if change.rows is not None)
+        most = max(float(np.abs(rows_of(change)).max()) for change in look.changes.values())
         assert most < 3 * run.config.train.local_steps * run.config.train.learning_rate
 
 
@@ -106,9 +116,9 @@ def test_a_peer_under_stack_has_every_other_clients_own_factors(kept: Play) -> N
         wanted = changes_of(starts(run, number)[client], one.updates[client])
         assert look.changes.keys() == wanted.keys()
         for module, change in look.changes.items():
-            assert np.array_equal(change.rows, wanted[module].rows)
+            assert np.array_equal(rows_of(change), rows_of(wanted[module]))
             share = one.weights[client] * one.updates[client].lora[module].scale
-            same(change.columns, share * wanted[module].columns)  # type: ignore[operator]
+            same(change.columns, share * columns_of(wanted[module]))
 
 
 def others_mean(run: Kept, number: int, client: str, side: str, module: str) -> np.ndarray:
@@ -167,8 +177,7 @@ def test_a_release_that_is_not_cut_shows_single_changes_of_the_first_round(kept:
         wanted = changes_of(starts(run, 0)[look.clients[0]], run.rounds[0].updates[look.clients[0]])
         for module, change in look.changes.items():
             assert change.known is not None
-            rows = wanted[module].rows
-            assert rows is not None
+            rows = rows_of(wanted[module])
             off = rows - (rows @ change.known.T) @ change.known
             same(change.rows, off, 0.05 * float(np.abs(rows).max()))
     cut = kept("recompress", "clients.ranks=[4,2,1]")
@@ -208,10 +217,9 @@ def test_a_masked_run_shows_the_sum_and_no_update(kept: Play, llama: Path, notes
     wanted = views.secagg_coordinator(plain.rounds, plain.config).seen[2]
     assert (look.clients, look.rounds) == (wanted.clients, wanted.rounds) == (("10", "2", "9"), (3,))
     for module, change in look.changes.items():
-        assert change.columns is not None
         # The sum is of whole numbers of steps, so both runs drift apart a little.
-        np.testing.assert_allclose(change.columns, wanted.changes[module].columns, atol=2e-3)  # type: ignore[arg-type]
-        assert float(np.abs(change.columns).max()) > 5e-3
+        np.testing.assert_allclose(columns_of(change), columns_of(wanted.changes[module]), atol=2e-3)
+        assert float(np.abs(columns_of(change)).max()) > 5e-3
 
 
 def poisoned(one: KeptRound, clients: set[str]) -> KeptRound:
@@ -281,9 +289,7 @@ def test_a_start_is_drawn_for_the_right_client_and_round(kept: Play) -> None:
     for client, number, seed in (("10", 1, 5), ("9", 2, 5), ("9", 1, 6)):
         wrong = changes_of(start_of(one.releases["9"], one.updates["9"], client, number, seed), one.updates["9"])
         for module, change in right.items():
-            assert change.rows is not None
-            assert wrong[module].rows is not None
-            assert np.linalg.norm(wrong[module].rows) > 3 * np.linalg.norm(change.rows)  # type: ignore[arg-type]
+            assert np.linalg.norm(rows_of(wrong[module])) > 3 * np.linalg.norm(rows_of(change))
 
 
 def test_looks_of_one_client_are_individual() -> None:

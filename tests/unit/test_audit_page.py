@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.special import log_ndtr, ndtr
 
 from lamina.audits.page import marking, reading, render, words
 from lamina.protos.errors import ConfigError
+from lamina.protos.pages.charts import escape
 from tests.audited import leaking, private, violated
 from tests.pages import TAGS, Page, refers_outside, svgs
 
@@ -96,6 +96,11 @@ def test_epsilon_by_round_has_the_budget_line() -> None:
         "spent 7.98",
     ]
     assert len(next(iter(lines(drawn).values()))) == 20
+    reset = private()
+    reset["mechanism"]["epsilon_reported_by_round"] = [0.8] * 20
+    assert "Dashed: what the run itself reported" in text_of(reset)
+    assert set(lines(chart(reset, "ε by round"))) == {"c0", "c1 d1"}
+    assert "Dashed" not in text_of(private())
 
 
 def test_roc_is_drawn_on_log_axes_with_chance_and_the_claims_curve() -> None:
@@ -134,6 +139,10 @@ def test_bounds_stand_beside_claim_and_ceilings() -> None:
     small["one_run"] |= {"ceiling": 3.25, "ceiling_fdp": 5.75}
     assert "could not have refuted the claim even by guessing right every time" in text_of(small)
     assert "39 (33.50 to 44.00)" in text
+    endless = violated()
+    endless["client_canaries"] |= {"epsilon": None, "interval": [None, None], "refused": 3}
+    assert "3 of their updates were refused" in text_of(endless)
+    assert "no finite estimate" in text_of(endless)
     assert "Nothing was claimed that it could refute" in text_of(leaking())
 
 
@@ -142,6 +151,12 @@ def test_recovery_stands_beside_chance_and_a_view_that_does_not_apply_says_why()
     assert "another client 91 % chance 11.5 %" in text
     assert "the coordinator under secure sums stack sends every client's adapter to all" in text
     assert "single clients 118 tokens, 3 clients" in text
+    assert re.search(
+        r"diagnosis 75 % chance 12\.5 % 25 % chance 12\.5 % 50 % chance 6\.25 % 12\.5 % chance 6\.25 % 0 %", text
+    )
+    assert re.search(
+        r"trained model, its training text 31 % .*? 9\.4 public base model, the same text 2 % .*? 1\.1", text
+    )
     assert "ranked among 1,024 that could have been" in text
     assert "14 of 20" in text
 
@@ -199,22 +214,28 @@ def markless(markup: str) -> str:
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_marking_changes_no_text(left: str, right: str) -> None:
     for made in (marking.side_by_side(left, right), marking.continued(left, right)):
-        expected = (reading.escape(reading.plain(left)), reading.escape(reading.plain(right)))
+        expected = (escape(reading.plain(left)), escape(reading.plain(right)))
         assert (markless(made[0]), markless(made[1])) == expected
 
 
-def test_what_a_claim_allows_is_the_gaussian_curve() -> None:
+def test_a_claim_has_a_curve_only_where_it_is_about_what_is_attacked() -> None:
     """Balle and Wang 2018: (1, 1e-5) needs noise of 3.7306 at sensitivity 1, that is mu = 1/3.7306."""
-    mu = words.mu_of(1.0, 1e-5)
-    assert mu == pytest.approx(1 / 3.7306, abs=1e-4)
-    for epsilon, delta in ((0.5, 1e-6), (8.0, 1e-5), (60.0, 1e-5)):
-        mu = words.mu_of(epsilon, delta)
-        assert mu is not None
-        spent = ndtr(mu / 2 - epsilon / mu) - float(pow(2.718281828459045, epsilon + log_ndtr(-mu / 2 - epsilon / mu)))
-        assert spent == pytest.approx(delta, rel=1e-6)
-        assert words.allowed(mu, 0.01) == pytest.approx(float(ndtr(-2.3263478740408408 + mu)), abs=1e-12)
-    assert (words.mu_of(None, 1e-5), words.mu_of(1e9, 1e-5), words.mu_of(1.0, 0.0)) == (None, None, None)
-    assert (words.allowed(1.0, 0.0), words.allowed(1.0, 1.0)) == (0.0, 1.0)
+    one = private()
+    one["claim"]["epsilon"] = 1.0
+    assert words.shift_of(one) == pytest.approx(1 / 3.7306, abs=1e-4)
+    for odd in ({"epsilon": None}, {"epsilon": 1e9}, {"delta": 0.0}, {"delta": 1}):
+        assert words.shift_of(private() | {"claim": private()["claim"] | odd}) is None
+    drawn = {
+        unit: tuple(
+            "c6 d2"
+            in lines(
+                chart(private() | {"claim": private()["claim"] | {"unit": unit}}, f"ROC curves of attacks on {of}")
+            )
+            for of in ("planted canaries", "the run's own rows")
+        )
+        for unit in ("record", "user", "client")
+    }
+    assert drawn == {"record": (True, True), "user": (True, False), "client": (False, False)}
 
 
 @pytest.mark.parametrize(
@@ -237,3 +258,9 @@ def test_shares_are_percentages(share: float | None, shown: str) -> None:
 def test_only_finite_numbers_are_figures(value: Any) -> None:
     assert reading.number({"figures": {"auc": value}}, "figures.auc") is None
     assert reading.number({"figures": {"auc": 1}}, "figures.auc") == 1.0
+
+
+def test_only_what_is_clearly_above_chance_is_coloured() -> None:
+    """Noise that hides the tokens leaves recall within 0.06 of chance."""
+    colours = [words.leaking(recall, 0.1) for recall in (None, 0.05, 0.1, 0.159, 0.161, 0.9)]
+    assert colours == ["c6", "c6", "c6", "c6", "c1", "c1"]
