@@ -197,7 +197,9 @@ def _sensitivity(work: Work, client: str) -> Check:
 def _canaries(work: Work, progress: Progress) -> tuple[Json | None, str]:
     found = work.scene
     if found.config.privacy.mode == "client-dp" and found.origin == "campaign":
-        done = client_canaries.client_canaries(found.config, work.folder, 40 if work.settings.quick else 100, progress)
+        done = client_canaries.client_canaries(
+            found.config, work.folder, 50 if work.settings.quick else 100, progress, found.prepared
+        )
         result = remembered.of_canaries(found, work.settings) | {
             "client_canaries": {**client_canaries.json_of(done), "beyond": beyond(done.found, done.analytic)}
         }

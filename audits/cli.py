@@ -12,11 +12,12 @@ from typing import Any
 from rich.console import Console
 
 from lamina.audits import audit as audits
+from lamina.audits import document as documents
 from lamina.audits import page, signing
 from lamina.audits.settings import HELP, Settings, campaign_words, taken
 from lamina.audits.telling import Telling
 from lamina.client.model import quiet
-from lamina.protos import compose, identity
+from lamina.protos import compose
 from lamina.protos.config import Config, known_keys
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import write_atomic
@@ -72,7 +73,7 @@ def main(command: str, words: Sequence[str]) -> int:
     words = [word for word in words if word != "--json"]
     settings = taken(words)
     if settings.identity:
-        identity.load(Path(settings.identity))  # before the work, not after it
+        signing.signed({"made_at": documents.now()}, Path(settings.identity))  # refused before the work, not after it
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 120)
     quiet()
     config, overrides = _asked(settings, words)

@@ -175,9 +175,7 @@ def of_rows(scene: Scene, settings: Settings, folder: Path, progress: Progress) 
     members, others, share = drawn(scene, settings)
     train = scene.config.train
     rank = min(8, max((f.rank for f in scene.run.adapter.lora.values()), default=8))
-    how = ShadowSettings(
-        train=train, seed=scene.config.seed, shadows=settings.shadows - settings.shadows % 2, rank=rank
-    )
+    how = ShadowSettings(train=train, seed=scene.config.seed, shadows=settings.shadows, rank=rank)
     found = attack(scene.prepared.base, scene.run.adapter, members, others, how, progress, folder)
     attacks = {name: _json(scores, scene.config.seed) for name, scores in found.items()}
     return {

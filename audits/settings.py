@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lamina.protos.config import SHORTHANDS, known_keys
 from lamina.protos.errors import ConfigError, nearest
 
 # In the order in which they run and are reported.
@@ -88,6 +89,9 @@ def taken(words: list[str]) -> Settings:
         key, equals, value = word.partition("=")
         if word == "--quick":
             continue
+        if equals and key.isidentifier() and key not in (*HELP, *SHORTHANDS, *known_keys()):
+            hint = nearest(key, [*HELP, *SHORTHANDS, *known_keys()])
+            raise ConfigError(f"{word!r}: no such setting.{hint} `lamina audit --help` lists them all.")
         if equals and key in HELP:
             found[key] = _value(key, value)
         elif not equals and not word.startswith("-"):
@@ -136,8 +140,10 @@ def _check(settings: Settings) -> None:
         raise ConfigError(
             f"guesses={settings.guesses}: expected from 2 to {settings.canaries}, the canaries; a guess is of one canary."
         )
-    if settings.shadows < 0 or settings.shadows == 1:
-        raise ConfigError(f"shadows={settings.shadows}: expected 0 for no shadow adapters, or at least 2.")
+    if settings.shadows < 0 or settings.shadows % 2:
+        raise ConfigError(
+            f"shadows={settings.shadows}: expected an even number, as each row is in half of them, or 0 for none."
+        )
 
 
 def quick(settings: Settings) -> Settings:
