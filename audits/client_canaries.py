@@ -183,12 +183,13 @@ def _crowded(config: Config, names: Sequence[str]) -> Config:
 
 
 def _with(prepared: Prepared, names: Sequence[str]) -> Prepared:
-    """Base and data with canaries, who have none of the data."""
+    """Base and data with canaries, who have none of the data, and little to evaluate on."""
     return replace(
         prepared,
         bases={**prepared.bases, **dict.fromkeys(names, prepared.base)},
         names={**prepared.names, **dict(zip(names, names, strict=True))},
         train={**prepared.train, **dict.fromkeys(names, ())},
+        held_out={client: examples[:1] for client, examples in prepared.held_out.items()},
     )
 
 

@@ -106,6 +106,13 @@ def test_many_runs_of_a_gaussian_mechanism_without_its_noise_refute_it() -> None
     assert wrong.epsilon_lower <= wrong.ceiling
 
 
+def test_what_the_event_was_chosen_on_is_no_evidence_for_it() -> None:
+    """Every other run tells the neighbours apart, and those are the runs that the event is chosen on."""
+    found = many_run(np.tile([0.0, 1.0], 500), np.zeros(1000), 0.0)
+    assert (found.hits, found.tested) == (0, (500, 500))
+    assert found.epsilon_lower == 0
+
+
 def test_equal_outputs_show_nothing() -> None:
     found = many_run(np.zeros(100), np.zeros(100), 0.0)
     assert found.epsilon_lower == 0
