@@ -262,7 +262,7 @@ def test_a_run_is_audited_as_it_is(
 ) -> None:
     assert "audited as it is" in failed(here(capsys, "audit", str(leaking), "privacy=none"))
     other = tmp_path / "other.jsonl"
-    other.write_text(notes.read_text().replace("e", "a"))
+    other.write_text(notes.read_text().replace("xyzzy", "plugh"))
     assert "the data of the run" in failed(here(capsys, "audit", str(leaking), f"data={other}"))
     half = shutil.copytree(leaking, tmp_path / "half")
     (half / "summary.json").unlink()
