@@ -54,6 +54,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/beside.py
 	$(BIN)/python benchmarks/privacy.py
 	$(BIN)/python benchmarks/private_quality.py
+	$(BIN)/python benchmarks/audit.py
 
 clean:
 	rm -rf $(VENV) outputs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,7 +27,6 @@ Floats = NDArray[np.float64]
 MIN_K_SHARE = 0.2
 # A loss of 0 has no finite logit.
 _LEAST_LOSS = 1e-12
-_Row = tuple[float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +75,8 @@ def measured(base: Base, examples: Sequence[Example], batch_size: int) -> Statis
         length = padded_length(base, longest(some), len(examples[order[-1]].tokens))
         batch = collate(some, pad_id(base), base.device, length)
         rows[chosen] = _of_labels(base, batch) if batch.targets.dim() == 1 else _of_text(base, batch)
-    if not np.isfinite(rows[:, :2]).all():
+    of_task = [0, 1, 3] if examples[0].label >= 0 else [0, 1, 2]
+    if not np.isfinite(rows[:, of_task]).all():
         raise TrainingError("membership: expected finite losses, got others. Is the adapter of this base?")
     return Statistics(*rows.T.copy())
 

@@ -84,6 +84,7 @@ class Result:
         recall: Share of the tokens of the batches among as many best scores, of single clients where the view has them.
         chance: That share where the same attack is given noise; at least that of blind guesses.
         auc: Of the scores.
+        auc_chance: Of scores of noise: not 0.5 where frequent tokens lie in directions of their own.
         rouge_l: Of the texts with the nearest original.
         rouge_l_chance: The same of a text from another look's tokens, of other clients where there is one, else from random ones.
         tokens: Different tokens of a look.
@@ -99,6 +100,7 @@ class Result:
     recall: float = float("nan")
     chance: float = float("nan")
     auc: float = float("nan")
+    auc_chance: float = float("nan")
     rouge_l: float = float("nan")
     rouge_l_chance: float = float("nan")
     tokens: int = 0
@@ -201,7 +203,8 @@ def _attacked(view: View, config: Config, base: Base, inputs: Inputs, examples: 
         why=view.why,
         recall=float(np.mean([one.recall for one in recoveries])),
         chance=float(np.mean([one.chance for one in recoveries])),
-        auc=float(np.nanmean([one.auc for one in recoveries])),
+        auc=float(np.mean([one.auc for one in recoveries])),
+        auc_chance=float(np.mean([one.auc_chance for one in recoveries])),
         tokens=round(float(np.mean([one.tokens for one in recoveries]))),
         individuals=alone,
         clients=len(each),
@@ -273,6 +276,7 @@ def _malicious(config: Config, base: Base, inputs: Inputs, settings: Settings) -
         recall=tuned.tokens.recall,
         chance=tuned.tokens.chance,
         auc=tuned.tokens.auc,
+        auc_chance=tuned.tokens.auc_chance,
         tokens=tuned.tokens.tokens,
         individuals=True,
         clients=1,
@@ -309,6 +313,7 @@ def document(results: Mapping[str, Result]) -> dict[str, Any]:
             "recall": _number(one.recall),
             "chance": _number(one.chance),
             "auc": _number(one.auc),
+            "auc_chance": _number(one.auc_chance),
             "rouge_l": _number(one.rouge_l),
             "rouge_l_chance": _number(one.rouge_l_chance),
             "tokens": one.tokens,

@@ -195,12 +195,14 @@ class Recovery:
         recall: Share of them among the n best scores.
         chance: That share where the attack is given noise; at least n over the vocabulary, what n guesses find.
         auc: Probability that a token that was there scores higher than one that was not; NaN where there is none of either.
+        auc_chance: The same of noise; 0.5 where none was scored.
     """
 
     tokens: int
     recall: float
     chance: float
     auc: float
+    auc_chance: float
 
 
 def recovery(scored: Scored, truth: NDArray[np.int64]) -> Recovery:
@@ -215,15 +217,22 @@ def recovery(scored: Scored, truth: NDArray[np.int64]) -> Recovery:
     """
     here = np.zeros(len(scored.scores), bool)
     here[truth] = True
-    count, others = int(here.sum()), int((~here).sum())
+    count = int(here.sum())
     if not count:
-        return Recovery(0, 0.0, 0.0, float("nan"))
-    recalls = [float(here[top(scores, count)].mean()) for scores in (scored.scores, *scored.of_noise)]
-    _, places, sizes = np.unique(scored.scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(sizes) - (sizes - 1) / 2)[places]  # from 1, equal scores sharing theirs
-    auc = (ranks[here].sum() - count * (count + 1) / 2) / (count * others) if others else float("nan")
-    chance = max(count / len(here), float(np.mean(recalls[1:])) if scored.of_noise else 0.0)
-    return Recovery(count, recalls[0], chance, float(auc))
+        return Recovery(0, 0.0, 0.0, float("nan"), float("nan"))
+    each = (scored.scores, *scored.of_noise)
+    recalls = [float(here[top(scores, count)].mean()) for scores in each]
+    areas = [_area(scores, here) for scores in each]
+    chance = max([count / len(here), *([float(np.mean(recalls[1:]))] if scored.of_noise else [])])
+    return Recovery(count, recalls[0], chance, areas[0], float(np.mean(areas[1:])) if scored.of_noise else 0.5)
+
+
+def _area(scores: Scores, here: NDArray[np.bool_]) -> float:
+    """The area under the ROC curve, by ranks; equal scores share theirs."""
+    count, others = int(here.sum()), int((~here).sum())
+    _, places, sizes = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(sizes) - (sizes - 1) / 2)[places]
+    return float((ranks[here].sum() - count * (count + 1) / 2) / (count * others)) if others else float("nan")
 
 
 def top(scores: Scores, count: int) -> NDArray[np.int64]:

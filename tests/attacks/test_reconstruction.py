@@ -297,6 +297,7 @@ def test_under_example_dp_recall_is_at_chance(tmp_path: Path) -> None:
     results = attacked(tmp_path / "run", config, prepared)
     for view in ("peer", "coordinator"):
         assert abs(results[view].recall - results[view].chance) < 0.06
+        assert abs(results[view].auc - results[view].auc_chance) < 0.06
 
 
 def test_the_batches_are_those_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
