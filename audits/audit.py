@@ -24,6 +24,7 @@ from lamina.audits.scene import Scene
 from lamina.audits.settings import PARTS, Settings
 from lamina.audits.telling import Telling
 from lamina.client.data import Example
+from lamina.client.private.train import Private
 from lamina.client.train import Task
 from lamina.protos.config import Config
 from lamina.protos.errors import LaminaError
@@ -169,8 +170,8 @@ def _mechanism(work: Work, progress: Progress) -> tuple[Json | None, str]:
             by_client.setdefault(str(event["client_id"]), []).append(event)
         units = float(config.train.batch_size * config.train.accumulation)
         checks += [mechanism.noise(seen, by_client, units), mechanism.independence(seen)]
-        client = next(iter(found.private))
-        checks += [_sensitivity(work, client), mechanism.sampling(found.private[client], 100, client)]
+        client, private = next(iter(found.private.items()))
+        checks += [_sensitivity(found, client, private), mechanism.sampling(private, 100, client)]
     held = sum(check.holds is True for check in checks)
     document_of = document.mechanism(found, history, again)
     return {
@@ -179,17 +180,14 @@ def _mechanism(work: Work, progress: Progress) -> tuple[Json | None, str]:
     }, f"{held} of {len(checks)} checks hold"
 
 
-def _sensitivity(work: Work, client: str) -> Check:
-    found, config = work.scene, work.scene.config
-    assert found.private is not None
+def _sensitivity(found: Scene, client: str, private: Private) -> Check:
+    config = found.config
     odd = [example for some in found.canaries for example in some.examples[:3]]
     rows: Sequence[Example] = [*odd, *found.prepared.train[client]]
     units = [replace(example, row=number, user=str(number)) for number, example in enumerate(rows[:6])]
     task = Task(client, 1, config.rounds, config.seed, config.train)
     try:
-        return mechanism.sensitivity(
-            found.prepared.bases[client], found.run.adapter, units, found.private[client], task
-        )
+        return mechanism.sensitivity(found.prepared.bases[client], found.run.adapter, units, private, task)
     except LaminaError as error:
         return mechanism.failed("sensitivity", error)
 

@@ -18,6 +18,8 @@ from lamina.protos.files import write_atomic
 from lamina.simulations.engine import Quiet
 
 Json = dict[str, Any]
+# Of each client: enough that training helps, and what a defence costs in loss can be seen.
+_ROWS = 200
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def compared(config: Config, settings: Settings, folder: Path, progress: Callabl
     Returns:
         `defences` of audit.json.
     """
-    small = _small(config)
+    small, own_settings = _small(config), replace(quick(settings), rows=_ROWS)
     rows = []
     for number, defence in enumerate(DEFENCES):
         progress(number, len(DEFENCES))
@@ -75,7 +77,7 @@ def compared(config: Config, settings: Settings, folder: Path, progress: Callabl
         key = f"{compose.to_yaml(own)}|{settings.significance}"
         before = json.loads(path.read_text()) if path.is_file() else {}
         if before.get("key") != key:
-            before = {"key": key, "row": _row(defence, own, quick(settings), folder / str(number))}
+            before = {"key": key, "row": _row(defence, own, own_settings, folder / str(number))}
             write_atomic(path, json.dumps(before, allow_nan=False))
         rows.append(before["row"])
     progress(len(DEFENCES), len(DEFENCES))

@@ -38,12 +38,13 @@ class KeptRound:
     frozen: Mapping[str, Adapter]
 
 
-def read_adapter(path: Path, modules: Iterable[str]) -> tuple[Adapter, Mapping[str, str]]:
+def read_adapter(path: Path, modules: Iterable[str], dense: Iterable[str] = ()) -> tuple[Adapter, Mapping[str, str]]:
     """The factors of some modules in a safetensors file, and its metadata.
 
     Args:
         path: As a run directory or peft has it.
         modules: Which; those that the file lacks are left out.
+        dense: Which parameters that were trained whole, likewise.
 
     Returns:
         Factors at the scales of the metadata (1 without), a core folded into B, and the metadata.
@@ -56,6 +57,9 @@ def read_adapter(path: Path, modules: Iterable[str]) -> tuple[Adapter, Mapping[s
             metadata = dict(file.metadata() or {})
             scales = json.loads(metadata.get("scales", "{}"))
             names, lora = set(file.keys()), {}
+            whole = {
+                name: file.get_tensor(full) for name in dense for full in (name, f"{_PEFT}{name}") if full in names
+            }
             for module in modules:
                 for prefix in ("", _PEFT):
                     sides = [f"{prefix}{module}.lora_{side}.weight" for side in "AB"]
@@ -71,7 +75,7 @@ def read_adapter(path: Path, modules: Iterable[str]) -> tuple[Adapter, Mapping[s
         raise ConfigError(
             f"{path}: expected factors as a run leaves them, got a file that cannot be read ({error})."
         ) from None
-    return Adapter(lora), metadata
+    return Adapter(lora, whole), metadata
 
 
 def read_rounds(run_dir: Path, modules: Sequence[str]) -> tuple[KeptRound, ...]:

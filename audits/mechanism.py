@@ -135,7 +135,7 @@ def sensitivity(base: Base, adapter: Adapter, examples: Sequence[Example], priva
     worst = 0.0
     for bound in (private.mechanism.max_grad_norm, tight):
         mechanism = replace(private.mechanism, steps=1, max_grad_norm=bound)
-        probe = Private(mechanism, private.nominal, lambda *_: _Silent())  # type: ignore[arg-type,return-value]
+        probe = Private(mechanism, private.nominal, lambda *_: _Silent())  # type: ignore[arg-type]
         whole = _sum(base, adapter, some, probe, task)
         for left_out in range(len(some)):
             rest = [one for number, one in enumerate(some) if number != left_out]
@@ -159,7 +159,7 @@ def _sum(base: Base, adapter: Adapter, examples: Sequence[Example], private: Pri
         found.append(torch.cat([one.flatten().double() for one in witness.gradients_of(optimizer)]))
 
     put(base, adapter, None)
-    handle = register_optimizer_step_pre_hook(look)  # type: ignore[no-untyped-call]
+    handle = register_optimizer_step_pre_hook(look)
     try:
         train_privately(base, examples, task, private, adapter)
     finally:

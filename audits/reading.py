@@ -10,20 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-from safetensors.numpy import load_file
-
+from lamina.audits import kept
 from lamina.client import frozen
 from lamina.client.frozen import Frozen
 from lamina.protos import compose, spec
-from lamina.protos.adapter import EMPTY, Adapter, LoraFactors
+from lamina.protos.adapter import EMPTY, Adapter
 from lamina.protos.config import Config
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import file_digest
 from lamina.protos.spec import AdapterSpec
-
-_PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,22 +124,7 @@ def read_adapter(file: Path, schema: AdapterSpec) -> Adapter:
         ConfigError: If it cannot be read.
         AdapterMismatch: If it does not fit the schema.
     """
-    try:
-        tensors = load_file(file)
-        with safetensors.safe_open(str(file), "numpy") as opened:
-            scales = json.loads((opened.metadata() or {}).get("scales", "{}"))
-        named = {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
-        lora = {
-            name.removesuffix(_A): LoraFactors(
-                value, named[name.removesuffix(_A) + _B], float(scales.get(name.removesuffix(_A), 1.0))
-            )
-            for name, value in named.items()
-            if name.endswith(_A)
-        }
-        dense = {name: value for name, value in named.items() if not name.endswith((_A, _B))}
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise ConfigError(f"{file}: expected an adapter's safetensors file, got {type(error).__name__}.") from None
-    adapter = Adapter(lora, dense)
+    adapter, _ = kept.read_adapter(file, schema.modules, schema.dense)
     schema.check(adapter, str(file))
     return adapter
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from lamina.audits.reconstruction import attack
@@ -24,6 +25,19 @@ def rebuilt(found: Scene, settings: Settings, progress: Callable[[int, int], Non
     if found.origin == "not kept" or not found.run.kept:
         return {}
     how = attack.QUICK if settings.quick else attack.Settings(seed=found.config.seed)
+    if how.scenario is not None:
+        noise, clip = _noise(found)
+        how = replace(how, scenario=replace(how.scenario, noise_multiplier=noise, max_grad_norm=clip))
     base, examples = found.prepared.base, found.prepared.train
     result = attack.reconstruct(found.run.path, found.config, base, examples, how, progress)
     return attack.document(result)
+
+
+def _noise(found: Scene) -> tuple[float | None, float]:
+    """Noise multiplier and clipping norm of the clients' steps, None where they have no noise."""
+    clip = found.config.train.max_grad_norm
+    if found.config.privacy.mode != "example-dp":
+        return None, clip
+    if found.run.history:
+        return float(found.run.history[0]["noise_multiplier"]), clip
+    return found.config.privacy.noise_multiplier, clip

@@ -83,7 +83,7 @@ class Witness:
         Yields:
             Nothing.
         """
-        handle = register_optimizer_step_pre_hook(self._look)  # type: ignore[no-untyped-call]
+        handle = register_optimizer_step_pre_hook(self._look)
         try:
             yield
         finally:

@@ -13,12 +13,14 @@ files under benchmarks/cache.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
 import random
 import sys
 import time
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any

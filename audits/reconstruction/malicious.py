@@ -14,8 +14,10 @@ every deployment here does, refuses such a base unless it was handed out from th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,13 +32,17 @@ from lamina.client.data import Example
 from lamina.client.frozen import Frozen, added
 from lamina.client.losses import collate, pad_id
 from lamina.client.model import Base, put, take
+from lamina.client.private.train import Private, train_privately
 from lamina.client.train import Task, completed, train
 from lamina.protos import seeds
 from lamina.protos.adapter import EMPTY, Adapter
 from lamina.protos.config import TrainConfig
+from lamina.protos.privacy.mechanism import Mechanism
+from lamina.protos.privacy.noise import seeded
 from lamina.protos.ranks import uniform
 
-_SCALE = 2.0
+_SCALE, _DELTA = 2.0, 1e-5
+_CLIENT = "client"
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Scenario:
         client_steps: Of the client on its own.
         rank: Of both.
         seed: Of notes and starts.
+        noise_multiplier: Of the client's steps, where it trains under example-dp; None without.
+        max_grad_norm: Its clipping norm there.
     """
 
     private: int = 8
@@ -58,6 +66,8 @@ class Scenario:
     client_steps: int = 20
     rank: int = 8
     seed: int = 0
+    noise_multiplier: float | None = None
+    max_grad_norm: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ def attack(base: Base, inputs: Inputs, scenario: Scenario, progress: Callable[[i
     for number, frozen in enumerate((tuned, None)):
         before = scenario.tuning_steps + number * scenario.client_steps
         steps = (scenario.client_steps, scenario)
-        start, after = _tuned(base, private, frozen, "client", steps, said(before))
+        start, after = _tuned(base, private, frozen, _CLIENT, steps, said(before))
         scored = token_scores(Seen("coordinator", ("client",), (1,), changes_of(start, after)), inputs, rng)
         found, texts = _learnt(base, frozen, after, (private, decoys), scored)
         worlds.append(found)
@@ -141,8 +151,29 @@ def _tuned(
     ranks = uniform(base.spec, scenario.rank)
     start = completed(EMPTY, ranks, dict.fromkeys(ranks, _SCALE), task, base)
     put(base, start, frozen)
-    train(base, examples, task, start, progress=progress)
+    if who == _CLIENT and scenario.noise_multiplier is not None:
+        private = _private(scenario, scenario.noise_multiplier, config, len(notes))
+        numbered = [replace(example, row=number) for number, example in enumerate(examples)]
+        train_privately(base, numbered, task, private, start, progress=progress)
+    else:
+        train(base, examples, task, start, progress=progress)
     return start, take(base)
+
+
+def _private(scenario: Scenario, noise: float, config: TrainConfig, count: int) -> Private:
+    """The client's mechanism: noise and clipping of the run, at the rate of these few notes; its epsilon is nobody's claim."""
+    mechanism = Mechanism(
+        unit="record",
+        sample_rate=config.batch_size / count,
+        expected_units=float(config.batch_size),
+        noise_multiplier=noise,
+        max_grad_norm=scenario.max_grad_norm,
+        steps=config.local_steps,
+        rounds=1,
+        epsilon=math.inf,
+        target_delta=_DELTA,
+    )
+    return Private(mechanism, count, partial(seeded, scenario.seed))
 
 
 def _ids(base: Base, text: str) -> NDArray[np.int32]:
