@@ -160,6 +160,7 @@ def _mechanism(work: Work, progress: Progress) -> tuple[Json | None, str]:
     promised = found.run.summary["privacy"]
     seen = list(found.seen or ())
     rounds = {client: sum(client in one["clients"] for one in found.run.rounds) for client in promised["per_client"]}
+    rounds[""] = len(found.run.rounds)
     happened = mechanism.happened_in(history, seen, config.train.local_steps, rounds)
     told = dict(promised["per_client"]) if claimed["unit"] != "client" else {"": promised["epsilon"]}
     cost, again = mechanism.cost(told, promised.get("budget"), happened, promised["delta"])

@@ -244,7 +244,7 @@ def happened_in(
         history: Events of the run.
         seen: By a witness, or None.
         config_steps: Optimizer steps of a round.
-        rounds: Client id -> rounds in which its update counted.
+        rounds: Client id -> rounds in which its update counted; of a central mechanism, whose id is empty, all rounds.
 
     Returns:
         Client id -> steps.
@@ -252,9 +252,8 @@ def happened_in(
     found = accounting.steps_of(history)
     counted = witness.steps_by_client(seen) if seen else {}
     for client, steps in found.items():
-        if not client:
-            continue
-        truly = max(counted.get(client, 0), config_steps * rounds.get(client, 0))
+        by_round = config_steps if client else 1  # a central mechanism has one step a round
+        truly = max(counted.get(client, 0), by_round * rounds.get(client, 0))
         missing = truly - sum(one.steps for one in steps)
         if missing > 0:
             found[client] = [*steps, replace(steps[0], steps=missing)]

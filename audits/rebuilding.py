@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from lamina.audits.reconstruction import attack
+from lamina.audits.reconstruction.attack import Result
 from lamina.audits.scene import Scene
 from lamina.audits.settings import Settings
 
@@ -30,7 +31,16 @@ def rebuilt(found: Scene, settings: Settings, progress: Callable[[int, int], Non
         how = replace(how, scenario=replace(how.scenario, noise_multiplier=noise, max_grad_norm=clip))
     base, examples = found.prepared.base, found.prepared.train
     result = attack.reconstruct(found.run.path, found.config, base, examples, how, progress)
-    return attack.document(result)
+    return attack.document(_without_noised(result) if found.config.privacy.mode == "client-dp" else result)
+
+
+def _without_noised(result: Mapping[str, Result]) -> dict[str, Result]:
+    """Under client-dp only the coordinator sees anything without noise: what was run without it says nothing of the others."""
+    why = "it sees only means with the coordinator's noise; see the canary clients"
+    return {
+        view: one if view in ("coordinator", attack.MALICIOUS) else attack.Result(False, why)
+        for view, one in result.items()
+    }
 
 
 def _noise(found: Scene) -> tuple[float | None, float]:

@@ -115,8 +115,11 @@ def close_up(found: Scene, folder: Path) -> Scene:
         client: [example for example in some if id(example.tokens) not in canaries]
         for client, some in found.prepared.train.items()
     }
-    # Without masks, which hide nothing from whoever holds the sum; what each party sees of it is decided by the views.
+    # Without masks, which hide nothing from whoever holds the sum, and without the coordinator's own noise, which it adds to what
+    # it has seen; what each party sees is decided by the views.
     privacy = replace(config.privacy, secagg=False)
+    if privacy.mode == "client-dp":
+        privacy = replace(privacy, mode="none", epsilon=None, noise_multiplier=None, force=False)
     if found.private:
         noise = next(iter(found.private.values())).mechanism.noise_multiplier
         privacy = replace(privacy, noise_multiplier=noise, epsilon=None)
@@ -128,13 +131,13 @@ def close_up(found: Scene, folder: Path) -> Scene:
         ),
         evaluate=replace(config.evaluate, every=_CLOSE["rounds"], max_examples=1),
         privacy=privacy,
-        keep_updates=config.privacy.mode != "client-dp",
+        keep_updates=True,
     )
     few = {client: held[:1] for client, held in found.prepared.held_out.items()}
     prepared = replace(found.prepared, train=train, held_out=few)
     run, _ = _simulated(checked(small), prepared, folder / "close-up", Settings(canaries=8, guesses=2), Quiet())
-    masked = replace(run.config, privacy=replace(run.config.privacy, secagg=config.privacy.secagg))
-    return Scene(replace(run, config=masked), prepared, origin="campaign")
+    meant = replace(run.config.privacy, secagg=config.privacy.secagg, mode=config.privacy.mode)
+    return Scene(replace(run, config=replace(run.config, privacy=meant)), prepared, origin="campaign")
 
 
 _CLOSE = {"rounds": 2, "steps": 2, "rows": 1}

@@ -42,7 +42,7 @@ def verdict(
         reasons += [
             f"{text} is {one_run[key]:.3g}, above the claimed {epsilon:.3g}, at significance {one_run['significance']:g}."
             for key, text in names.items()
-            if one_run[key] > epsilon
+            if one_run[key] is not None and one_run[key] > epsilon
         ]
     if reasons:
         return VIOLATED, reasons
@@ -54,8 +54,9 @@ def verdict(
     )
     if one_run is None:
         return UNDER_POWERED, ["No canary or record was scored against the claim.", looked]
-    highest = max(one_run["ceiling"], one_run["ceiling_fdp"])
-    bounds = f"the bounds are {one_run['epsilon_lower']:.3g} and {one_run['epsilon_lower_fdp']:.3g}"
+    highest = max(one for one in (one_run["ceiling"], one_run["ceiling_fdp"]) if one is not None)
+    found = [f"{one_run[key]:.3g}" for key in ("epsilon_lower", "epsilon_lower_fdp") if one_run[key] is not None]
+    bounds = f"the bounds are {' and '.join(found)}"
     if highest < epsilon:
         return UNDER_POWERED, [
             f"With {one_run['guesses']} guesses no bound can exceed {highest:.3g}, so a claim of {epsilon:.3g} cannot be refuted "

@@ -13,10 +13,11 @@ from rich.console import Console
 
 from lamina.audits import audit, document, scene
 from lamina.audits.audit import Work
-from lamina.audits.mechanism import Check
+from lamina.audits.mechanism import Check, happened_in
 from lamina.audits.scene import Scene
 from lamina.audits.telling import Telling
 from lamina.audits.verdict import verdict
+from lamina.audits.witness import Seen
 from lamina.client.private import clipper, train
 from lamina.protos.privacy import accounting, mechanism, noise
 from lamina.protos.privacy.events import Event
@@ -196,3 +197,18 @@ def test_a_campaign_that_was_broken_off_goes_on(llama: Path, notes: Path, tmp_pa
         (one.client, one.round, one.step) for one in whole.seen
     ]
     assert all(_checks(again, tmp_path)[name].holds for name in ("noise", "independence", "accounting"))
+
+
+def test_steps_that_no_event_counts_are_counted() -> None:
+    event = {"client_id": "0", "round": 1, "noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 3, "clip": 1.0}
+    central = {**event, "client_id": "", "steps": 1}
+
+    def steps(rounds: Mapping[str, int], seen: list[Seen] | None = None) -> dict[str, int]:
+        found = happened_in([event, central], seen, 3, rounds)
+        return {client: sum(one.steps for one in some) for client, some in found.items()}
+
+    assert steps({"0": 1, "": 1}) == {"0": 3, "": 1}
+    assert steps({"0": 4, "": 4}) == {"0": 12, "": 4}
+    nothing = np.zeros(0)
+    looked = [Seen("0", 1, step, nothing.astype(int), nothing, nothing.astype(np.float32)) for step in range(5)]
+    assert steps({"0": 1, "": 1}, looked) == {"0": 5, "": 1}
