@@ -25,7 +25,7 @@ demo: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pydoclint --quiet protos strategies server client simulations
+	$(BIN)/pydoclint --quiet protos strategies server client simulations audits
 	PYTHONPATH=. $(BIN)/lint-imports
 
 types: $(STAMP)
@@ -54,6 +54,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/beside.py
 	$(BIN)/python benchmarks/privacy.py
 	$(BIN)/python benchmarks/private_quality.py
+	$(BIN)/python benchmarks/audit.py
 
 clean:
 	rm -rf $(VENV) outputs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

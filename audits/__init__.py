@@ -1,1 +1,1 @@
-"""What a run reveals: attacks and estimators against a release or a run directory. Nothing is here yet."""
+"""What a run reveals: attacks and estimators against a release or a run directory."""

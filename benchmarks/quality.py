@@ -242,7 +242,7 @@ def report(losses: dict[str, dict[str, Any]], found: dict[str, bool], command: s
 
 def plot(losses: dict[str, dict[str, Any]]) -> None:
     """Loss against cumulative bytes down, one SVG a regime."""
-    from lamina.server.pages.charts import STYLE, Axis, Series, line_chart
+    from lamina.protos.pages.charts import STYLE, Axis, Series, line_chart
 
     for regime, some in losses.items():
         lines = [

@@ -18,7 +18,7 @@ from lamina.client.data import Example
 from lamina.client.losses import IGNORED, Batch, collate, longest, losses, pad_id, padded_length
 from lamina.client.model import Base, core_of, set_checkpointing, trainable_parameters, training_mode
 from lamina.protos import seeds
-from lamina.protos.adapter import Adapter, LoraFactors, folded
+from lamina.protos.adapter import Adapter, Array, LoraFactors, folded
 from lamina.protos.config import TrainConfig
 from lamina.protos.errors import ConfigError, TrainingError
 
@@ -311,6 +311,24 @@ def restore(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.
             optimizer.state[parameter] = moved
 
 
+def fresh_rows(seed: int, client_id: str, round_number: int, module: str, shape: tuple[int, int]) -> Array:
+    """The first A of slots that a release does not fill; whoever knows the run's seed can draw them too.
+
+    Args:
+        seed: Of the run.
+        client_id: Who trains them.
+        round_number: When.
+        module: In which module.
+        shape: How many rows, and their length d_in.
+
+    Returns:
+        Of that shape, float32, uniform in +-1/sqrt(d_in).
+    """
+    bound = 1.0 / math.sqrt(shape[1])
+    rng = seeds.stream(seed, "slots", client_id, round_number, module)
+    return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+
 def completed(
     release: Adapter, budget_ranks: Mapping[str, int], scales: Mapping[str, float], task: Task, base: Base
 ) -> Adapter:
@@ -332,16 +350,13 @@ def completed(
     lora = {}
     for module, rank in budget_ranks.items():
         d_out, d_in = base.spec.modules[module]
-        bound = 1.0 / math.sqrt(d_in)
         got = release.lora.get(module)
         if got is not None and got.core is not None:
             lora[module] = got  # whole: a core has no slots that are not there yet
             continue
         known = 0 if got is None else got.rank
-        fresh = seeds.stream(task.seed, "slots", task.client_id, task.round, module).uniform(
-            -bound, bound, (rank - known, d_in)
-        )
-        rows, columns = fresh.astype(np.float32), np.zeros((d_out, rank - known), np.float32)
+        rows = fresh_rows(task.seed, task.client_id, task.round, module, (rank - known, d_in))
+        columns = np.zeros((d_out, rank - known), np.float32)
         if got is not None:
             rows, columns = np.concatenate([got.A, rows]), np.concatenate([got.B, columns], axis=1)
         lora[module] = LoraFactors(rows, columns, scales[module])

@@ -26,6 +26,7 @@ COMMANDS = {
     "fetch": ("lamina.server.commands.operate", "fetch a run's files from its coordinator"),
     "log": ("lamina.server.commands.log", "check and list a run's tamper-evident event log"),
     "doctor": ("lamina.client.commands.doctor", "check install, devices, certificates, clock, ports"),
+    "audit": ("lamina.audits.cli", "what each party could learn from a run, and whether its epsilon holds"),
     "report": ("lamina.server.commands.report", "one HTML page comparing finished runs"),
     "export": ("lamina.client.commands.export", "a run's adapter with its model card; on request a merged model"),
     "plan": ("lamina.client.commands.plan", "this machine, and how it would train a model"),

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import write_atomic
-from lamina.server.pages import comparison, run_page, style
-from lamina.server.pages.charts import escape
+from lamina.protos.pages import style
+from lamina.protos.pages.charts import escape
+from lamina.server.pages import comparison, run_page
 from lamina.server.pages.loading import Run, load_run
 
 __all__ = ["Run", "load_run", "render", "write_report"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,6 +35,9 @@ from lamina.server.channel import MemoryChannel, MemorySums
 from lamina.server.store.base import Completed, Evaluation
 from lamina.simulations.prepare import Prepared
 from lamina.simulations.private import mechanisms
+
+# What answers in the place of a client: its site, its base, and what it is asked.
+Answer = Callable[[Site, Base, Instruction], Reply]
 
 # What a client may have sent in a secure sum before it drops out: nothing, keys, shares, or its vector. Who is lost later than
 # that, when a sum is being shown, must come back for the round to end; see docs/secure-aggregation.md.
@@ -127,12 +130,24 @@ class Summer:
 
 @dataclass
 class Cohort:
-    """The clients of a simulation and what each carries from round to round."""
+    """The clients of a simulation and what each carries from round to round.
+
+    Attributes:
+        sites: Client id -> what it is.
+        bases: Client id -> the base that it trains on.
+        config: The config.
+        watcher: Shown each step.
+        instead: Client id -> what answers in its place, for clients that do not train, as an audit's canaries.
+        states: Client id -> what it carries.
+        shared: Frozen parts by content.
+        summing: Client id -> where it is in a secure sum.
+    """
 
     sites: Mapping[str, Site]
     bases: Mapping[str, Base]
     config: Config
     watcher: Watcher
+    instead: Mapping[str, Answer] = field(default_factory=dict)
     states: dict[str, ClientState] = field(default_factory=dict)
     shared: Shared = field(default_factory=dict)
     summing: dict[str, Summer] = field(default_factory=dict)
@@ -154,6 +169,8 @@ class Cohort:
         if steps == 0:
             return None
         site = self.sites[client]
+        if client in self.instead:
+            return self.instead[client](site, self.bases[client], instruction)
 
         def progress(step: int, loss: float) -> None:
             self.watcher.step(client, instruction.round, step, config.train.local_steps, loss)
@@ -251,7 +268,13 @@ def chosen_ranks(config: Config, prepared: Prepared, watcher: Watcher) -> dict[s
     return found
 
 
-def cohort(config: Config, prepared: Prepared, found: Mapping[str, Budget], watcher: Watcher) -> Cohort:
+def cohort(
+    config: Config,
+    prepared: Prepared,
+    found: Mapping[str, Budget],
+    watcher: Watcher,
+    instead: Mapping[str, Answer] | None = None,
+) -> Cohort:
     """The clients of a run.
 
     Args:
@@ -259,6 +282,7 @@ def cohort(config: Config, prepared: Prepared, found: Mapping[str, Budget], watc
         prepared: Base and data.
         found: Client id -> budget.
         watcher: Shown each step.
+        instead: Client id -> what answers in its place.
 
     Returns:
         A cohort with nothing carried yet.
@@ -281,7 +305,7 @@ def cohort(config: Config, prepared: Prepared, found: Mapping[str, Budget], watc
         )
         for client, budget in found.items()
     }
-    return Cohort(sites, prepared.bases, config, watcher)
+    return Cohort(sites, prepared.bases, config, watcher, instead or {})
 
 
 def evaluate(prepared: Prepared, adapter: Adapter, config: Config, where: str) -> Evaluation:

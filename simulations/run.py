@@ -56,13 +56,19 @@ def default_output() -> Path:
     return Path("outputs") / now.strftime("%Y-%m-%d") / now.strftime("%H-%M-%S")
 
 
-def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None) -> Finished:
+def simulate(
+    config: Config,
+    watcher: Watcher,
+    prepared: Prepared | None = None,
+    instead: Mapping[str, engine.Answer] | None = None,
+) -> Finished:
     """Run a simulation to its end, from the start or from where it was interrupted.
 
     Args:
         config: A composed config; with `resume`, that of the run directory.
         watcher: Shown progress.
         prepared: Base and data, where another run has prepared the same.
+        instead: Client id -> what answers in its place, for clients that do not train.
 
     Returns:
         The directory and its summary.
@@ -89,7 +95,7 @@ def simulate(config: Config, watcher: Watcher, prepared: Prepared | None = None)
     )
     if campaign.plan is not None:
         watcher.say(campaign.plan.line())
-    cohort = engine.cohort(config, prepared, found, watcher)
+    cohort = engine.cohort(config, prepared, found, watcher, instead)
     resumed = _start(config, path, fixed, cohort)
     watcher.begin(config.rounds, prepared.names, resumed.state.round if resumed else 0)
     base_started = time.monotonic()

@@ -108,3 +108,26 @@ def save_gpt2(folder: Path, seed: int = 0) -> Path:
         pad_token_id=1,
     )
     return _saved(GPT2LMHeadModel(config), folder)
+
+
+def save_wide_llama(folder: Path, seed: int = 0) -> Path:
+    """One layer of 128 numbers, so that a rank of 16 in three modules does not fill the space of the inputs."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    return _saved(LlamaForCausalLM(config), folder)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from lamina.server.pages.charts import Axis, Scale, dot_row, escape, fit, tick_row, usable
+from lamina.protos.pages.charts import Scale, escape, usable
+from lamina.protos.pages.rows import dot_row, scaled
+from lamina.protos.pages.tables import change, num, section, table
 from lamina.server.pages.loading import Client, Run
-from lamina.server.pages.tables import change, num, section, table
 
 
 def label(client: Client) -> str:
@@ -15,18 +14,12 @@ def label(client: Client) -> str:
     return escape(client.name) + more
 
 
-def scaled(values: Iterable[float | None], title: str) -> tuple[Scale, str]:
-    """A scale for rows of dots that holds the values, and the head of their column."""
-    scale = fit(values, Axis(""), 3, 97)
-    return scale, tick_row([(scale.at(value), text) for value, text in scale.ticks(4)], f"{title}, nats per token")
-
-
 def before_and_after(run: Run) -> str:
     """Every client of one run, as a table with dumbbells."""
     clients = [c for c in run.clients if usable(c.before) or usable(c.after)]
     if not clients:
         return section("Clients", "No held-out losses of single clients were recorded.")
-    scale, ticks = scaled([v for c in clients for v in (c.before, c.after)], "held-out loss")
+    scale, ticks = scaled([v for c in clients for v in (c.before, c.after)], "held-out loss, nats per token")
     columns = [
         ("t", "client", [label(c) for c in clients]),
         ("o", "rank", [num(c.rank, 0) for c in clients]),

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from lamina.protos.pages.charts import COLOURS, DASHES, escape, usable
+from lamina.protos.pages.rows import bar, dot_row, scaled
+from lamina.protos.pages.tables import change, count, duration, num, pair, section, size, table
 from lamina.server.pages import losses
-from lamina.server.pages.charts import COLOURS, DASHES, bar, dot_row, escape, usable
-from lamina.server.pages.clients import label, scaled
+from lamina.server.pages.clients import label
 from lamina.server.pages.loading import Run
-from lamina.server.pages.tables import change, count, duration, num, pair, section, size, table
 
 _NUMBERS = 6  # runs up to which the table of clients has a column of numbers for each
 
@@ -155,7 +156,7 @@ def _clients(entries: Sequence[_Entry]) -> str:
     }
     if not mean:
         return section("Clients", "No final losses of single clients were recorded.")
-    scale, ticks = scaled([loss for row in by_client.values() for loss in row], "final held-out loss")
+    scale, ticks = scaled([loss for row in by_client.values() for loss in row], "final held-out loss, nats per token")
     numbers = entries if len(entries) <= _NUMBERS else []
     rows = []
     for ident in sorted(mean, key=lambda ident: -mean[ident]):

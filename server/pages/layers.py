@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lamina.server.pages.charts import STEPS, Axis, Series, escape, heat_row, line_chart, tick_row, usable
+from lamina.protos.pages.charts import STEPS, Axis, Series, escape, line_chart, usable
+from lamina.protos.pages.rows import heat_row, tick_row
+from lamina.protos.pages.tables import num, section, table
 from lamina.server.pages.loading import Run
-from lamina.server.pages.tables import num, section, table
 
 _PANELS = 12  # kinds of module whose singular values are drawn
 _OUTSIDE = 8  # modules outside the layers that are named

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lamina.protos.errors import ConfigError
-from lamina.server.pages.charts import usable
+from lamina.protos.pages.charts import usable
 from lamina.server.store.run_directory import read_records
 
 _KINDS: Mapping[str, type | tuple[type, ...]] = {

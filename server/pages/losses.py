@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lamina.server.pages.charts import Axis, Band, Series, escape, line_chart, usable
+from lamina.protos.pages.charts import Axis, Band, Series, escape, line_chart, usable
+from lamina.protos.pages.tables import num, pair, perplexity, section, size, unit
 from lamina.server.pages.loading import Run
-from lamina.server.pages.tables import num, pair, perplexity, section, size, unit
 
 _LOSS = Axis("held-out loss (nats/token)", hint=lambda loss: f"perplexity {perplexity(loss)}")
 _ROUND = Axis("round", whole=True)

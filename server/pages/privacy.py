@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from lamina.server.pages.charts import Axis, Series, bar, escape, line_chart, usable
+from lamina.protos.pages.charts import Axis, Series, escape, line_chart, usable
+from lamina.protos.pages.rows import bar
+from lamina.protos.pages.tables import num, pair, section, table
 from lamina.server.pages.loading import Run
-from lamina.server.pages.tables import num, pair, section, table
 
 _MODES = {
     "example-dp": "Each client added its noise itself, so this holds against the coordinator too.",

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lamina.protos.pages.charts import Axis, Series, escape, line_chart, signed, usable
+from lamina.protos.pages.tables import change, count, duration, num, pair, perplexities, section, size, table, tiles
 from lamina.server.pages import clients, layers, losses, privacy
-from lamina.server.pages.charts import Axis, Series, escape, line_chart, signed, usable
 from lamina.server.pages.loading import Run
-from lamina.server.pages.tables import change, count, duration, num, pair, perplexities, section, size, table, tiles
 
 _VIEWS = {"exported": "the whole adapter", "release": "what each site received, cut to its rank"}
 # Why a site is not in the run at its end.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lamina.server.pages.charts import power, signed, usable
+from lamina.protos.pages.charts import power, signed, usable
 
 _MANY = 60  # rows from which a table of clients scrolls inside its own frame
 

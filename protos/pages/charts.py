@@ -1,9 +1,8 @@
 """Charts as SVG text from plain values: no file, no clock, no plotting library.
 
-Two families. `line_chart` draws in a fixed viewBox and scales with the page. `dot_row`, `heat_row`, `bar` and `tick_row`
-place everything in percent of their width, so that a table cell of any width holds them and their text never shrinks.
-Colours are CSS classes defined in `STYLE` for light, dark and print: `c0`…`c7` tell series apart, `d0`…`d3` dash them,
-`q0`…`q6` grow with a magnitude. A line runs on over nulls and breaks at NaN. Nothing here knows what a run is.
+`line_chart` draws in a fixed viewBox and scales with the page; what fits into a cell of a table is in `rows`. Colours are
+CSS classes defined in `STYLE` for light, dark and print: `c0`…`c7` tell series apart, `d0`…`d3` dash them, `q0`…`q6` grow
+with a magnitude. A line runs on over nulls and breaks at NaN. Nothing here knows what a run is.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ svg .thin .line{stroke-width:1.2}svg .thin .line:hover{stroke-width:3}
 svg .ref.line{stroke-width:1;stroke-dasharray:5 4}svg .lead{stroke:var(--c);stroke-width:1;stroke-dasharray:1 3;fill:none}
 svg .band{fill:var(--c);opacity:.14}svg .fill{fill:var(--c)}
 svg .dot{fill:var(--c);stroke:transparent;stroke-width:12;pointer-events:all}svg .dot:hover{stroke:var(--c);stroke-width:4}
-svg .open{fill:var(--bg);stroke:var(--c);stroke-width:1.6}svg .join{stroke:var(--c);stroke-width:2}
+svg .open{fill:var(--bg);stroke:var(--c);stroke-width:1.6}svg .mark{stroke-width:2}svg .join{stroke:var(--c);stroke-width:2}
 .dense .dot{opacity:0}.dense .dot:hover{opacity:1}
 @media (max-width:560px){svg[viewBox] text{font-size:14px}}
 """
@@ -312,89 +311,3 @@ def _end_labels(ends: Sequence[tuple[float, float, str, str]], edge: float, floo
         text = f"{escape(short)}<title>{escape(label)}</title>"
         parts.append(f'<text class="end {style}" x="{edge + 9:.1f}" y="{place + 4:.1f}">{text}</text>')
     return "".join(parts)
-
-
-def _row(body: str, height: int, tip: str = "") -> str:
-    title = f"<title>{escape(tip)}</title>" if tip else ""
-    return f'<svg height="{height}" role="img" aria-label="{escape(tip)}">{title}{body}</svg>'
-
-
-def dot_row(dots: Sequence[tuple[float | None, str]], scale: Scale, tip: str, joined: bool = False) -> str:
-    """One row of a dot chart; joined, a dumbbell from the first value (hollow) to the last (filled).
-
-    Args:
-        dots: Values in the scale's units, each with its classes.
-        scale: From `fit`, with positions in percent of the row's width.
-        tip: What the row says, shown on hover and read aloud.
-        joined: Draw the line between the first and the last dot.
-
-    Returns:
-        One `<svg>` element as wide as what holds it.
-    """
-    parts = [
-        f'<line class="grid" x1="{scale.at(v):.2f}%" x2="{scale.at(v):.2f}%" y1="0" y2="30"/>'
-        for v, _ in scale.ticks(4)
-    ]
-    kept = [(scale.at(value), style) for value, style in dots if usable(value)]
-    if joined and len(kept) > 1:
-        (a, _), (b, style) = kept[0], kept[-1]
-        parts.append(f'<line class="join {style}" x1="{a:.2f}%" x2="{b:.2f}%" y1="15" y2="15"/>')
-    for index, (at, style) in enumerate(kept):
-        kind = "open" if joined and index == 0 and len(kept) > 1 else "fill"
-        parts.append(f'<circle class="{kind} {style}" cx="{at:.2f}%" cy="15" r="4.5"/>')
-    return _row("".join(parts), 30, tip)
-
-
-def tick_row(marks: Sequence[tuple[float, str]], title: str) -> str:
-    """Tick labels for a column of `dot_row` or `heat_row`.
-
-    Args:
-        marks: Positions in percent of the width, each with its text.
-        title: What the axis shows, with its unit, for screen readers.
-
-    Returns:
-        One `<svg>` element as wide as what holds it.
-    """
-    texts = [
-        f'<text x="{at:.2f}%" y="13" text-anchor="{"start" if at < 2 else "end" if at > 98 else "middle"}">'
-        f"{escape(text)}</text>"
-        for at, text in marks
-    ]
-    return _row("".join(texts), 18, title)
-
-
-def heat_row(values: Sequence[float | None], tips: Sequence[str], low: float, high: float) -> str:
-    """One row of a heat map in seven steps.
-
-    Args:
-        values: One value a cell; None leaves the cell empty.
-        tips: One tooltip a cell.
-        low: Value of the palest step.
-        high: Value of the strongest step.
-
-    Returns:
-        One `<svg>` element as wide as what holds it.
-    """
-    parts, width = [], 100 / max(1, len(values))
-    for index, (value, tip) in enumerate(zip(values, tips)):
-        step = int((value - low) / ((high - low) or 1) * STEPS) if usable(value) else 0
-        style = f"q{min(max(step, 0), STEPS - 1)}" if usable(value) else "none"
-        place = f'x="{index * width:.3f}%" width="{width * 0.93:.3f}%" height="20"'
-        parts.append(f'<rect class="fill {style}" {place}><title>{escape(tip)}</title></rect>')
-    return _row("".join(parts), 20)
-
-
-def bar(value: float | None, longest: float, style: str, tip: str) -> str:
-    """A horizontal bar that starts at zero.
-
-    Args:
-        value: Length, in the units of `longest`.
-        longest: Value that fills the width.
-        style: Colour class.
-        tip: What the bar says, shown on hover and read aloud.
-
-    Returns:
-        One `<svg>` element as wide as what holds it.
-    """
-    share = 100 * max(0.0, value) / longest if usable(value) and longest > 0 else 0.0
-    return _row(f'<rect class="fill {style}" y="3" width="{share:.2f}%" height="8" rx="1"/>', 14, tip)

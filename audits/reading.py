@@ -1,0 +1,169 @@
+"""A run directory as an auditor reads it: documents, the final adapter, and what each client's model was at the end of a round.
+
+Nothing of it is believed beyond what is said here: adapters are checked against the run's schema before they are used.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lamina.audits import kept
+from lamina.client import frozen
+from lamina.client.frozen import Frozen
+from lamina.protos import compose, spec
+from lamina.protos.adapter import EMPTY, Adapter
+from lamina.protos.config import Config
+from lamina.protos.errors import ConfigError
+from lamina.protos.files import file_digest
+from lamina.protos.spec import AdapterSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A finished run.
+
+    Attributes:
+        path: Its directory.
+        config: `config.yaml`, with what the auditor has set besides.
+        summary: `summary.json`.
+        rounds: The objects of `rounds.jsonl`.
+        spec: The schema.
+        adapter: The final global adapter, as `adapter/` has it.
+        kept: Rounds whose updates and releases were kept.
+        history: What private mechanisms did, one event each, from the last checkpoint.
+    """
+
+    path: Path
+    config: Config
+    summary: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    spec: AdapterSpec
+    adapter: Adapter
+    kept: tuple[int, ...]
+    history: tuple[dict[str, Any], ...]
+
+    @property
+    def deployed(self) -> bool:
+        """Whether it is a deployment's, whose directory has neither model nor data."""
+        return str((self.summary.get("eval") or {}).get("view")) == "release"
+
+    def hashes(self) -> dict[str, str]:
+        """What identifies the run's files, by name: SHA-256."""
+        files = {"config": "config.yaml", "rounds": "rounds.jsonl", "adapter": "adapter/adapter_model.safetensors"}
+        found = {name: file_digest(self.path / file).hexdigest() for name, file in files.items()}
+        return found | {f"base.{name}": value for name, value in self.spec.hashes.items()}
+
+
+def read(path: Path, overrides: list[str]) -> Finished:
+    """Read a finished run.
+
+    Args:
+        path: Its directory.
+        overrides: Single-valued overrides on its config, for where model and data are.
+
+    Returns:
+        The run.
+
+    Raises:
+        ConfigError: If it is no finished run, or a file is not what a run writes.
+    """
+    for name in ("config.yaml", "summary.json", "rounds.jsonl", "adapter/adapter_model.safetensors"):
+        if not (path / name).is_file():
+            then = f"Finish it with `lamina simulate resume={path}`" if (path / "config.yaml").is_file() else "Name one"
+            raise ConfigError(
+                f"{path}: expected a finished run with {name}, found none. {then}, or leave it out to have a campaign."
+            )
+    config = compose.composed(overrides, path / "config.yaml")
+    try:
+        summary = json.loads((path / "summary.json").read_text())
+        rounds = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines() if line.strip()]
+        if not isinstance(summary, dict) or not rounds:
+            raise ValueError("no rounds")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected summary.json and rounds.jsonl of a run, got {error}.") from None
+    schema = spec.read(path / "adapter" / "spec.json")
+    return Finished(
+        path=path,
+        config=config,
+        summary=summary,
+        rounds=rounds,
+        spec=schema,
+        adapter=read_adapter(path / "adapter" / "adapter_model.safetensors", schema),
+        kept=kept_rounds(path),
+        history=_history(path),
+    )
+
+
+def kept_rounds(path: Path) -> tuple[int, ...]:
+    """Rounds with updates under `rounds/`.
+
+    Args:
+        path: The run directory.
+
+    Returns:
+        Their numbers.
+    """
+    folders = path.glob("rounds/[0-9]*")
+    return tuple(sorted(int(one.name) for one in folders if one.name.isdigit() and (one / "updates").is_dir()))
+
+
+def read_adapter(file: Path, schema: AdapterSpec) -> Adapter:
+    """An adapter from a file of a run: peft's, or one under `rounds/`.
+
+    Args:
+        file: safetensors.
+        schema: Of the run.
+
+    Returns:
+        The adapter; scales are those of the metadata, 1 where there are none.
+
+    Raises:
+        ConfigError: If it cannot be read.
+        AdapterMismatch: If it does not fit the schema.
+    """
+    adapter, _ = kept.read_adapter(file, schema.modules, schema.dense)
+    schema.check(adapter, str(file))
+    return adapter
+
+
+def client_model(run: Finished, client: str, round_number: int) -> tuple[Adapter, Frozen | None]:
+    """A client's model at the end of its round, as whoever has its update can build it.
+
+    Args:
+        run: With kept updates.
+        client: Whose.
+        round_number: Of the update.
+
+    Returns:
+        What to put into the slots, and what rides beside it.
+
+    Raises:
+        ConfigError: If the update was not kept.
+    """
+    folder = run.path / "rounds" / f"{round_number:04d}"
+    adapter = read_adapter(folder / "updates" / f"{client}.safetensors", run.spec)
+    if run.config.strategy.name == "stack":  # its releases hold increments; together they are the global adapter
+        before = EMPTY
+        if round_number > 1:
+            before = read_adapter(run.path / "rounds" / f"{round_number - 1:04d}" / "global.safetensors", run.spec)
+        return adapter, frozen.added(None, before)
+    beside = folder / "releases" / f"{client}.frozen.safetensors"
+    # Of one factor alone, the update is whole already: what was not sent stands in it as the client had it.
+    if run.config.strategy.name == "residual" and beside.is_file():
+        return adapter, frozen.added(None, read_adapter(beside, run.spec))
+    return adapter, None
+
+
+def _history(path: Path) -> tuple[dict[str, Any], ...]:
+    """Events in the newest checkpoint; none where there is no checkpoint."""
+    newest = max(path.glob("checkpoints/round-*/state.json"), default=None)
+    if newest is None:
+        return ()
+    try:
+        document = json.loads(newest.read_text().rsplit("\n", 2)[0])
+        return tuple(dict(event) for event in document["privacy_history"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{newest}: expected a checkpoint of a run, got another file.") from None

@@ -1,0 +1,53 @@
+"""Reconstruction in a scene, as audit.json has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lamina.audits.reconstruction import attack
+from lamina.audits.reconstruction.attack import Result
+from lamina.audits.scene import Scene
+from lamina.audits.settings import Settings
+
+
+def rebuilt(found: Scene, settings: Settings, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """What each party could rebuild of the text.
+
+    Args:
+        found: Any scene.
+        settings: For the size.
+        progress: Told how much is done.
+
+    Returns:
+        `reconstruction` of audit.json; empty where no updates can be looked at.
+    """
+    if found.origin == "not kept" or not found.run.kept:
+        return {}
+    how = attack.QUICK if settings.quick else attack.Settings(seed=found.config.seed)
+    if how.scenario is not None:
+        noise, clip = _noise(found)
+        how = replace(how, scenario=replace(how.scenario, noise_multiplier=noise, max_grad_norm=clip))
+    base, examples = found.prepared.base, found.prepared.train
+    result = attack.reconstruct(found.run.path, found.config, base, examples, how, progress)
+    return attack.document(_without_noised(result) if found.config.privacy.mode == "client-dp" else result)
+
+
+def _without_noised(result: Mapping[str, Result]) -> dict[str, Result]:
+    """Under client-dp only the coordinator sees anything without noise: what was run without it says nothing of the others."""
+    why = "it sees only means with the coordinator's noise; see the canary clients"
+    return {
+        view: one if view in ("coordinator", attack.MALICIOUS) else attack.Result(False, why)
+        for view, one in result.items()
+    }
+
+
+def _noise(found: Scene) -> tuple[float | None, float]:
+    """Noise multiplier and clipping norm of the clients' steps, None where they have no noise."""
+    clip = found.config.train.max_grad_norm
+    if found.config.privacy.mode != "example-dp":
+        return None, clip
+    if found.run.history:
+        return float(found.run.history[0]["noise_multiplier"]), clip
+    return found.config.privacy.noise_multiplier, clip

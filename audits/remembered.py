@@ -1,0 +1,302 @@
+"""What a run's models remember of canaries and of rows, as scores and figures of audit.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lamina.audits import canaries as making
+from lamina.audits import reading
+from lamina.audits.canaries import Canaries
+from lamina.audits.estimators import exposure as exposures
+from lamina.audits.estimators import gaussian, one_run, roc
+from lamina.audits.mechanism import Check
+from lamina.audits.membership.attacks import PRIMARY, Scores, attack, strangers, without_shadows
+from lamina.audits.membership.shadows import Progress
+from lamina.audits.membership.shadows import Settings as ShadowSettings
+from lamina.audits.membership.statistics import Statistics, measured
+from lamina.audits.scene import Scene
+from lamina.audits.settings import Settings
+from lamina.client.data import Example
+from lamina.client.losses import collate, pad_id
+from lamina.client.model import Base, put
+from lamina.protos import seeds
+from lamina.protos.adapter import EMPTY
+
+Floats = NDArray[np.float64]
+_BATCH, _DELTA = 64, 1e-5
+# Chance of a false alarm by `beyond`.
+_ALARM = 1e-3
+
+
+def of_canaries(scene: Scene, settings: Settings) -> dict[str, Any]:
+    """Membership, one-run bound and exposure of a campaign's canaries.
+
+    Args:
+        scene: A campaign.
+        settings: Guesses, significance, size.
+
+    Returns:
+        `membership` (without rows), `one_run` and `exposure`.
+    """
+    rare = scene.canaries[0]
+    public = _under(scene.prepared.base, rare.examples, None)
+    views = {name: _gathered(scene, rare, name) for name in _views(scene)}
+    attacks: dict[str, Any] = {}
+    classes = rare.examples[0].label >= 0
+    for view, tuned in views.items():
+        for name, (scores, needs) in without_shadows(public, tuned, classes).items():
+            key = name if view == _views(scene)[0] else f"{name}, {view}"
+            found = roc.roc(scores[rare.included], scores[~rare.included], scene.config.seed)
+            attacks[key] = roc.json_of(found, f"{needs}; {_WHOSE[view]}")
+    scores = public.loss - views[_views(scene)[0]].loss
+    bound = one_run.one_run(rare.included, scores, _delta(scene), settings.significance, settings.guesses)
+    return {
+        "membership": _summary(attacks, "canaries", int(rare.included.sum()), int((~rare.included).sum())),
+        "one_run": one_run.json_of(bound),
+        "exposure": _exposure(scene, settings, public.loss - views["final adapter"].loss),
+    }
+
+
+_WHOSE = {
+    "own update": "each client's last update, which a coordinator sees",
+    "final adapter": "the final adapter, which everyone sees",
+}
+
+
+def _views(scene: Scene) -> tuple[str, ...]:
+    """Through whose eyes, the strongest first."""
+    return ("own update", "final adapter") if scene.run.kept else ("final adapter",)
+
+
+def _gathered(scene: Scene, canaries: Canaries, view: str) -> Statistics:
+    """Figures of canaries, each under the adapter of the view."""
+    if view == "final adapter":
+        return _under(scene.prepared.base, canaries.examples, scene)
+    columns = np.zeros((4, len(canaries.examples)))
+    for client in dict.fromkeys(canaries.clients):
+        places = [place for place, one in enumerate(canaries.clients) if one == client]
+        found = _of_client(scene, client, [canaries.examples[place] for place in places])
+        columns[:, places] = (found.loss, found.confidence, found.min_k, found.margin)
+    return Statistics(*columns)
+
+
+def _of_client(scene: Scene, client: str, examples: Sequence[Example]) -> Statistics:
+    last = max(record["round"] for record in scene.run.rounds if client in record["clients"])
+    adapter, beside = reading.client_model(scene.run, client, last)
+    put(scene.prepared.base, adapter, beside, trainable=False)
+    found = measured(scene.prepared.base, examples, _BATCH)
+    put(scene.prepared.base, EMPTY, None, trainable=False)
+    return found
+
+
+def _under(base: Base, examples: Sequence[Example], scene: Scene | None) -> Statistics:
+    """Figures under the final adapter, or under the public base alone."""
+    put(base, EMPTY if scene is None else scene.run.adapter, None, trainable=False)
+    found = measured(base, examples, _BATCH)
+    put(base, EMPTY, None, trainable=False)
+    return found
+
+
+def _summary(attacks: Mapping[str, Any], of: str, members: int, others: int) -> dict[str, Any]:
+    """The head of `membership`: the figures of the attack that was fixed beforehand."""
+    first = attacks[PRIMARY]
+    return {
+        "attack": PRIMARY,
+        "of": of,
+        "auc": first["auc"],
+        "auc_interval": first["auc_interval"],
+        "tpr_at_fpr": {rate: one["value"] for rate, one in first["tpr_at_fpr"].items()},
+        "members": members,
+        "others": others,
+        "attacks": dict(attacks),
+        "rows": None,
+    }
+
+
+def _delta(scene: Scene) -> float:
+    return float((scene.run.summary.get("privacy") or {}).get("delta") or _DELTA)
+
+
+def _exposure(scene: Scene, settings: Settings, scores: Floats) -> dict[str, Any]:
+    """Exposure under the final adapter: of rare canaries among sequences like them, of new tokens among all tokens."""
+    rare, new = scene.canaries
+    base, count = scene.prepared.base, making.REFERENCE // (2 if settings.quick else 1)
+    others = making.references(base, count, scene.config.train.max_length, scene.config.seed)
+    known = _under(base, others, None).loss - _under(base, others, scene).loss
+    found = exposures.exposure(scores[rare.included], known)
+    kinds = {"rare": _of_kind(found, int(rare.included.sum()))}
+    if new.included.any():
+        inside = [example for example, included in zip(new.examples, new.included, strict=True) if included]
+        own, table = _by_token(scene, inside)
+        kinds["new-token"] = _of_kind(exposures.exposure(own, table), len(inside))
+    return {"candidates": found.candidates, "ceiling": math.log2(found.candidates), "canaries": kinds}
+
+
+def _of_kind(found: exposures.Exposure, count: int) -> dict[str, Any]:
+    return {**exposures.json_of(found), "count": count, "candidates": found.candidates, "ceiling": found.ceiling}
+
+
+@torch.no_grad()
+def _by_token(scene: Scene, examples: Sequence[Example]) -> tuple[Floats, Floats]:
+    """How much more likely the last token became than under the base, and so for every other token in its place."""
+    base, tables = scene.prepared.base, []
+    for adapter in (EMPTY, scene.run.adapter):
+        put(base, adapter, None, trainable=False)
+        batch = collate(examples, pad_id(base), base.device)
+        logits = base.model(input_ids=batch.tokens, attention_mask=batch.mask).logits[:, -2]
+        tables.append(torch.log_softmax(logits.double(), -1).cpu().numpy())
+    put(base, EMPTY, None, trainable=False)
+    gained = tables[1] - tables[0]
+    last = np.array([int(example.tokens[-1]) for example in examples])
+    kept = np.ones(gained.shape, bool)
+    kept[np.arange(len(last)), last] = False
+    return gained[np.arange(len(last)), last], gained[kept].reshape(len(last), -1)
+
+
+def of_rows(scene: Scene, settings: Settings, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Membership of real rows: some that were trained on against some that were held out.
+
+    Args:
+        scene: Any.
+        settings: Sizes, shadows.
+        folder: Where shadows are kept between calls.
+        progress: Told of the shadows' steps.
+
+    Returns:
+        `rows`: attacks by name; `head`: as `membership`; `one_run` for rows.
+    """
+    members, others, share = drawn(scene, settings)
+    train = scene.config.train
+    rank = min(8, max((f.rank for f in scene.run.adapter.lora.values()), default=8))
+    how = ShadowSettings(train=train, seed=scene.config.seed, shadows=settings.shadows, rank=rank)
+    found = attack(scene.prepared.base, scene.run.adapter, members, others, how, progress, folder)
+    attacks = {name: _json(scores, scene.config.seed) for name, scores in found.items()}
+    return {
+        "rows": attacks,
+        "head": _summary(attacks, "rows", len(members), len(others)),
+        "one_run": _of_split(found[PRIMARY], share, settings, _delta(scene), scene.config.seed),
+    }
+
+
+def _json(scores: Scores, seed: int) -> dict[str, Any]:
+    return roc.json_of(roc.roc(scores.members, scores.others, seed), scores.needs)
+
+
+def drawn(scene: Scene, settings: Settings) -> tuple[list[Example], list[Example], float]:
+    """Rows to score: trained on and held out, as many of each as there are up to `settings.examples`.
+
+    Args:
+        scene: Any.
+        settings: For the number.
+
+    Returns:
+        Members, others, and the share of training rows that were drawn. Of a row only one example.
+    """
+    canaries = {id(example.tokens) for some in scene.canaries for example in some.examples}
+    train = [
+        one for some in scene.prepared.train.values() for one in _one_a_row(some) if id(one.tokens) not in canaries
+    ]
+    held = [one for some in scene.prepared.held_out.values() for one in _one_a_row(some)]
+    everything = [one for some in scene.prepared.train.values() for one in some]
+    others = _cut(strangers(everything, held), settings.examples, scene.config.seed, "others")
+    members = _cut(train, settings.examples, scene.config.seed, "members")
+    return members, others, len(members) / max(1, len(train))
+
+
+def _one_a_row(examples: Sequence[Example]) -> list[Example]:
+    first: dict[int, Example] = {}
+    for example in examples:
+        first.setdefault(example.row, example)
+    return list(first.values())
+
+
+def _cut(examples: Sequence[Example], most: int, seed: int, name: str) -> list[Example]:
+    order = seeds.stream(seed, "audit", name).permutation(len(examples))[:most]
+    return [examples[int(place)] for place in sorted(order)]
+
+
+def _of_split(scores: Scores, share: float, settings: Settings, delta: float, seed: int) -> dict[str, Any] | None:
+    """The one-run bound with the run's own split as coins: equal numbers of both kinds, drawn by other coins.
+
+    Rows went to training or were held out by their hash, so that among equal numbers each row is as likely in as out.
+    """
+    least = min(len(scores.members), len(scores.others))
+    if least < 4:
+        return None
+    rng = seeds.stream(seed, "audit", "split")
+    members = rng.permutation(scores.members)[:least]
+    others = rng.permutation(scores.others)[:least]
+    included = np.repeat([True, False], least)
+    guesses = max(2, min(settings.guesses, least))
+    found = one_run.one_run(included, np.concatenate([members, others]), delta, settings.significance, guesses)
+    return one_run.json_of(found)
+
+
+def beyond_claim(claim: Mapping[str, Any], membership: Mapping[str, Any]) -> Check:
+    """Whether the attack that was fixed beforehand does better than any attack on a Gaussian mechanism of the claim could.
+
+    Args:
+        claim: epsilon, delta.
+        membership: Of audit.json.
+
+    Returns:
+        The check.
+    """
+    mu = gaussian.mu_of(float(claim["epsilon"]), float(claim["delta"]))
+    most, auc = gaussian.largest_auc(mu), float(membership["auc"])
+    least = max(1, min(membership["members"], membership["others"]))
+    from scipy.stats import norm
+
+    slack = float(norm.isf(_ALARM)) * math.sqrt(most * (1 - most) / least)
+    return Check(
+        "memory",
+        auc <= most + slack,
+        f"an AUC of at most {most:.3f}, all that the claim's Gaussian curve allows, and {slack:.3f} for chance",
+        f"{auc:.3f} over {membership['members']} {membership['of']} in and {membership['others']} out",
+        "Whoever tells members from others better than the claim allows has seen more than was claimed.",
+    )
+
+
+def beyond_ledger(clients: Mapping[str, Any]) -> Check:
+    """Whether canary clients show more than the ledger says.
+
+    Args:
+        clients: `client_canaries` of audit.json.
+
+    Returns:
+        The check.
+    """
+    estimate, analytic = clients["epsilon"], clients["analytic"]
+    told = "more than can be counted" if estimate is None else f"about {estimate:.3g}"
+    return Check(
+        "client canaries",
+        not clients["beyond"],
+        f"an estimate near the ledger's {analytic:.3g}",
+        f"{told} from {clients['canaries']} canary clients",
+        "Clients that send along a known direction: what is left of it shows clipping and noise. An estimate, no bound; it is "
+        "far off where noise is too small by half or more, or clipping is missing.",
+    )
+
+
+def with_rows(membership: Mapping[str, Any] | None, rows: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The whole `membership`: of canaries with the rows beside it, or of the rows alone.
+
+    Args:
+        membership: Of canaries, or None.
+        rows: What `of_rows` gave, or None.
+
+    Returns:
+        `membership` of audit.json.
+    """
+    if rows is None:
+        return None if membership is None else dict(membership)
+    if membership is None:
+        return dict(rows["head"])
+    return {**membership, "rows": rows["rows"]}

@@ -1,0 +1,214 @@
+"""Mistakes in a private mechanism, planted in the code that clients train with, are each found; the right one passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lamina.audits import audit, document, scene
+from lamina.audits.audit import Work
+from lamina.audits.mechanism import Check, happened_in
+from lamina.audits.scene import Scene
+from lamina.audits.telling import Telling
+from lamina.audits.verdict import verdict
+from lamina.audits.witness import Seen
+from lamina.client.private import clipper, train
+from lamina.protos.privacy import accounting, mechanism, noise
+from lamina.protos.privacy.events import Event
+from lamina.server import spending
+from lamina.simulations import private
+from tests import audits
+from tests.runs import Quiet
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def _checks(found: Scene, folder: Path) -> dict[str, Check]:
+    work = Work(found, audits.sizes(), folder, Telling(Console(quiet=True), 1))
+    result, _ = audit._mechanism(work, lambda done, of: None)
+    assert result is not None
+    return {one["name"]: Check(**one) for one in result["checks"]}
+
+
+def _none(patch: pytest.MonkeyPatch) -> None:
+    pass
+
+
+def _little_noise(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(train, "noised", lambda total, deviation, stream: noise.noised(total, 0.05 * deviation, stream))
+
+
+def _no_clipping(patch: pytest.MonkeyPatch) -> None:
+    add = clipper.add
+    patch.setattr(clipper, "add", lambda found, sheet, units, goes_on, clip: add(found, sheet, units, goes_on, 1e9))
+
+
+def _clipped_by_row_not_by_unit_sum(patch: pytest.MonkeyPatch) -> None:
+    """Twice the bound: as if two units were let through as one."""
+    add = clipper.add
+    patch.setattr(
+        clipper, "add", lambda found, sheet, units, goes_on, clip: add(found, sheet, units, goes_on, 2 * clip)
+    )
+
+
+def _same_noise(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(private, "seeded", lambda seed, purpose, client, number: noise.seeded(seed, purpose, number))
+
+
+def _noise_begins_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(private, "seeded", lambda seed, purpose, client, number: noise.seeded(seed, purpose, client))
+
+
+def _no_noise_in_one_step(patch: pytest.MonkeyPatch) -> None:
+    calls, give = [], train._give_gradients
+
+    def forgetful(parameters: Any, total: Any, mechanism: Any, stream: Any) -> None:
+        calls.append(1)
+        little = 1e-3 if len(calls) == 2 else 1.0
+        give(parameters, total, replace(mechanism, noise_multiplier=little * mechanism.noise_multiplier), stream)
+
+    patch.setattr(train, "_give_gradients", forgetful)
+
+
+def _no_noise_on_one_parameter(patch: pytest.MonkeyPatch) -> None:
+    give = train._give_gradients
+
+    def forgetful(parameters: Any, total: Any, mechanism: Any, stream: Any) -> None:
+        give(parameters, total, mechanism, stream)
+        next(iter(parameters.values())).grad *= 1e-3
+
+    patch.setattr(train, "_give_gradients", forgetful)
+
+
+def _accountant_reset(patch: pytest.MonkeyPatch) -> None:
+    """Only the last round counts."""
+    patch.setattr(spending, "epsilon", lambda events, delta: accounting.epsilon(list(events)[-1:], delta))
+
+
+def _calibrated_by_round(patch: pytest.MonkeyPatch) -> None:
+    """Noise for one round where there are two, and a cost that believes it."""
+    patch.setattr(mechanism, "noise_for", lambda *of: accounting.noise_for(of[0], of[1], of[2], of[3] // 2))
+
+    def half(events: Sequence[Event], delta: float) -> float:
+        return accounting.epsilon([replace(one, steps=one.steps // 2) for one in events], delta)
+
+    patch.setattr(mechanism, "epsilon", half)
+
+
+PLANTS: Mapping[str, tuple[Plant, str]] = {
+    "noise x 0.05": (_little_noise, "noise"),
+    "no noise in one step": (_no_noise_in_one_step, "noise"),
+    "no noise on one parameter": (_no_noise_on_one_parameter, "noise"),
+    "clipping removed": (_no_clipping, "sensitivity"),
+    "clipped at twice the bound": (_clipped_by_row_not_by_unit_sum, "sensitivity"),
+    "same noise at every client": (_same_noise, "independence"),
+    "the same noise in every round": (_noise_begins_again, "independence"),
+    "accountant reset every round": (_accountant_reset, "accounting"),
+    "noise calibrated for one round": (_calibrated_by_round, "accounting"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_planted_mistake_is_found(
+    name: str, llama: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant, check = PLANTS[name]
+    plant(monkeypatch)
+    found = audits.campaign(audits.small(llama, notes, *audits.PRIVATE), tmp_path)
+    checks = _checks(found, tmp_path)
+    assert [one.name for one in checks.values() if one.holds is False] == [check]
+    word, reasons = verdict(document.claim(found), list(checks.values()), None)
+    assert word == "violated"
+    assert check in reasons[0]
+
+
+@pytest.mark.parametrize("words", [(), ("strategy=ffa",), ("strategy=ffa", "privacy.secagg=true", "clients.count=3")])
+def test_a_right_mechanism_passes(words: Sequence[str], llama: Path, notes: Path, tmp_path: Path) -> None:
+    found = audits.campaign(audits.small(llama, notes, *audits.PRIVATE, *words), tmp_path)
+    checks = _checks(found, tmp_path)
+    assert set(checks) == {"accounting", "noise", "independence", "sensitivity", "sampling"}
+    assert all(one.holds for one in checks.values()), checks
+    assert verdict(document.claim(found), list(checks.values()), None)[0] == "under-powered"
+
+
+def test_a_stream_that_draws_too_often_is_found(llama: Path, notes: Path, tmp_path: Path) -> None:
+    from lamina.audits.mechanism import sampling
+
+    found = audits.campaign(audits.small(llama, notes, *audits.PRIVATE), tmp_path)
+    assert found.private is not None
+    right = next(iter(found.private.values()))
+    rate = right.mechanism.sample_rate
+    assert sampling(right, 100, "0").holds
+    often = replace(right, mechanism=replace(right.mechanism, sample_rate=0.8 * rate))
+
+    class Often:
+        def uniform(self, count: int) -> np.ndarray:
+            return right.stream("sampling", "0", 1).uniform(count)  # the same draws again in every step
+
+        def normal(self, count: int) -> np.ndarray:
+            return np.zeros(count)
+
+    again = replace(right, stream=lambda *_: Often())  # type: ignore[arg-type]
+    assert sampling(often, 2000, "0").holds is not None
+    assert sampling(again, 100, "0").holds is False
+
+
+def test_coins_cannot_be_read_off_public_numbers(llama: Path, notes: Path, tmp_path: Path) -> None:
+    """Rate, denominator and noise count every canary that was dealt, in or out."""
+    found = audits.campaign(audits.small(llama, notes, *audits.PRIVATE), tmp_path)
+    assert found.private is not None
+    for client, one in found.private.items():
+        dealt = sum(some.clients.count(client) for some in found.canaries)
+        assert one.nominal == 8 + dealt
+        inside = sum(
+            bool(coin)
+            for some in found.canaries
+            for coin, owner in zip(some.included, some.clients, strict=True)
+            if owner == client
+        )
+        assert len({example.row for example in found.prepared.train[client]}) == 8 + inside
+
+
+def test_a_campaign_that_was_broken_off_goes_on(llama: Path, notes: Path, tmp_path: Path) -> None:
+    config = audits.small(llama, notes, *audits.PRIVATE)
+    whole = audits.campaign(config, tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    class Interrupted(Quiet):
+        def completed(self, completed: Any) -> None:
+            if completed.state.round == 1:
+                raise Stop
+
+    with pytest.raises(Stop):
+        scene.campaign(audits.sizes(), config, tmp_path / "broken", Interrupted())
+    again = audits.campaign(config, tmp_path / "broken")
+    assert again.run.hashes()["adapter"] == whole.run.hashes()["adapter"]
+    assert whole.seen is not None
+    assert again.seen is not None
+    assert [(one.client, one.round, one.step) for one in again.seen] == [
+        (one.client, one.round, one.step) for one in whole.seen
+    ]
+    assert all(_checks(again, tmp_path)[name].holds for name in ("noise", "independence", "accounting"))
+
+
+def test_steps_that_no_event_counts_are_counted() -> None:
+    event = {"client_id": "0", "round": 1, "noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 3, "clip": 1.0}
+    central = {**event, "client_id": "", "steps": 1}
+
+    def steps(rounds: Mapping[str, int], seen: list[Seen] | None = None) -> dict[str, int]:
+        found = happened_in([event, central], seen, 3, rounds)
+        return {client: sum(one.steps for one in some) for client, some in found.items()}
+
+    assert steps({"0": 1, "": 1}) == {"0": 3, "": 1}
+    assert steps({"0": 4, "": 4}) == {"0": 12, "": 4}
+    nothing = np.zeros(0)
+    looked = [Seen("0", 1, step, nothing.astype(int), nothing, nothing.astype(np.float32)) for step in range(5)]
+    assert steps({"0": 1, "": 1}, looked) == {"0": 5, "": 1}
