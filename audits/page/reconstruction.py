@@ -40,7 +40,7 @@ def of(document: Document) -> str:
     return section(
         "What could each party read?",
         "Each party was given exactly what it sees in a run and looked in it for the tokens (words and parts of words) of the "
-        "training text. Hollow: chance, which is what guessing would recover; filled: what was recovered, orange where it "
+        "training text. Hollow: chance, which is what the same search finds in noise; filled: what was recovered, orange where it "
         "is more than 6 points above chance. ROUGE-L says how much of a text came out in the right order, from 0 to 1.",
         f"{body}{notes}{clients}",
     ) + _examples(parties)
@@ -56,6 +56,7 @@ def _row(name: str, one: Mapping[str, Any], scale: Scale) -> list[str]:
     style = leaking(recall, chance)
     dots = dot_row([(chance, style), (recall, style)], scale, tip, joined=True)
     rouge, by_chance = number(one, "rouge_l"), number(one, "rouge_l_chance")
+    by_noise = found if (found := number(one, "auc_chance")) is not None else 0.5
     whom = "single clients" if one.get("individuals") is True else "all clients together"
     size = f"{num(number(one, 'tokens'), 0)} tokens" + (
         f", {num(number(one, 'clients'), 0)} clients" if number(one, "clients") is not None else ""
@@ -65,7 +66,7 @@ def _row(name: str, one: Mapping[str, Any], scale: Scale) -> list[str]:
         f"{who}{why}",
         f"{percent(recall)}{under(f'chance {percent(chance)}')}",
         dots,
-        f"{num(number(one, 'auc'))}{under('chance 0.5')}",
+        f"{num(number(one, 'auc'))}{under(f'chance {num(by_noise)}')}",
         f"{num(rouge)}{under(f'chance {num(by_chance)}') if rouge is not None else ''}",
         f'{whom}<div class="muted">{size}</div>',
     ]
