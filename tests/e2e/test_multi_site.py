@@ -3,7 +3,7 @@
 A fence's first word after the language names the party, or several with commas; each has a folder of its own. `background`
 leaves a block running. What people do by hand stands in comments of the page:
 
-    carry FROM TO            somebody brings a file to another party
+    carry FROM TO            somebody brings a file or folder to another party
     wait PARTIES EVENT       a block in the background has logged a word
     ended PARTIES            it has ended by itself, with 0
     stop PARTIES             Ctrl-C, after which it ends with 0
@@ -146,7 +146,11 @@ class Walk:
     def _carry(self, step: Step) -> None:
         source, target = (self.root / word for word in step.words)
         self._folder(step.words[1].partition("/")[0])
-        shutil.copy(source, target / source.name if step.words[1].endswith("/") else target)
+        target = target / source.name if step.words[1].endswith("/") else target
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            shutil.copy(source, target)
 
     def _wait(self, step: Step) -> None:
         until = time.monotonic() + 60
@@ -296,6 +300,16 @@ def test_peft_loads_the_adapter(walked: Walk) -> None:
         same = merged(input_ids=tokens).logits
     assert float((after - before).norm()) > 1e-3 * float(before.norm())
     torch.testing.assert_close(same, after, rtol=1e-4, atol=1e-4)
+
+
+def test_a_site_audits_what_the_adapter_says_of_its_rows(walked: Walk) -> None:
+    found = json.loads((walked.root / "north" / "first" / "audit" / "audit.json").read_text())
+    assert (found["verdict"], found["subject"]["origin"]) == ("no-claim", "deployment")
+    assert found["membership"]["of"] == "rows"
+    assert found["membership"]["members"] > 0
+    assert found["extraction"]["prompts"] > 0
+    assert found["reconstruction"] == {}  # the coordinator kept no updates
+    assert any("north" in limit for limit in found["limits"])
 
 
 def test_no_text_leaves_a_site(walked: Walk) -> None:
