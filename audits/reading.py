@@ -72,9 +72,8 @@ def read(path: Path, overrides: list[str]) -> Finished:
     """
     for name in ("config.yaml", "summary.json", "rounds.jsonl", "adapter/adapter_model.safetensors"):
         if not (path / name).is_file():
-            then = f"Finish it with `lamina simulate resume={path}`" if (path / "config.yaml").is_file() else "Name one"
             raise ConfigError(
-                f"{path}: expected a finished run with {name}, found none. {then}, or leave it out to have a campaign."
+                f"{path}: expected a finished run with {name}, found none. {_instead(path)}, or leave it out to have a campaign."
             )
     config = compose.composed(overrides, path / "config.yaml")
     try:
@@ -95,6 +94,14 @@ def read(path: Path, overrides: list[str]) -> Finished:
         kept=kept_rounds(path),
         history=_history(path),
     )
+
+
+def _instead(path: Path) -> str:
+    """What to do where a folder is no finished run."""
+    if (path / "config.yaml").is_file():
+        return f"Finish it with `lamina simulate resume={path}`"
+    runs = sorted(str(one.parent) for one in path.glob("*/summary.json"))
+    return f"Name one of {', '.join(runs[:6])}" if runs else "Name one"
 
 
 def kept_rounds(path: Path) -> tuple[int, ...]:

@@ -264,6 +264,7 @@ def test_a_run_is_audited_as_it_is(
     other = tmp_path / "other.jsonl"
     other.write_text(notes.read_text().replace("xyzzy", "plugh"))
     assert "the data of the run" in failed(here(capsys, "audit", str(leaking), f"data={other}"))
+    assert str(leaking) in failed(here(capsys, "audit", str(leaking.parent)))
     half = shutil.copytree(leaking, tmp_path / "half")
     (half / "summary.json").unlink()
     assert f"resume={half}" in failed(here(capsys, "audit", str(half)))
