@@ -40,8 +40,8 @@ def of(document: Document) -> str:
     return section(
         "What could each party read?",
         "Each party was given exactly what it sees in a run and looked in it for the tokens (words and parts of words) of the "
-        "training text. Hollow: chance, which is what the same search finds in noise; filled: what was recovered, orange where it "
-        "is more than 6 points above chance. ROUGE-L says how much of a text came out in the right order, from 0 to 1.",
+        "training text. Hollow: chance, which is what the same search finds in noise; filled: what was recovered, orange where "
+        "it is more than 6 points above chance. ROUGE-L says how much of a text came out in the right order, from 0 to 1.",
         f"{body}{notes}{clients}",
     ) + _examples(parties)
 
