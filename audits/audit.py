@@ -235,7 +235,7 @@ def _reconstruction(work: Work, progress: Progress) -> tuple[Json | None, str]:
 def _extraction(work: Work, progress: Progress) -> tuple[Json | None, str]:
     config, found = work.scene.config, work.scene
     half = min(16, config.train.max_length // 2)
-    members, others, _ = remembered.drawn(found, work.settings)
+    members, others = remembered.drawn(found, work.settings)
     prompts = 32 if work.settings.quick else 64
     how = extraction.Prompting(prompts, half, half, seed=config.seed)
     result = extraction.extract(found.prepared.base, found.run.adapter, members, others, how, progress)

@@ -172,7 +172,7 @@ def of_rows(scene: Scene, settings: Settings, folder: Path, progress: Progress) 
     Returns:
         `rows`: attacks by name; `head`: as `membership`; `one_run` for rows.
     """
-    members, others, share = drawn(scene, settings)
+    members, others = drawn(scene, settings)
     train = scene.config.train
     rank = min(8, max((f.rank for f in scene.run.adapter.lora.values()), default=8))
     how = ShadowSettings(train=train, seed=scene.config.seed, shadows=settings.shadows, rank=rank)
@@ -181,7 +181,7 @@ def of_rows(scene: Scene, settings: Settings, folder: Path, progress: Progress) 
     return {
         "rows": attacks,
         "head": _summary(attacks, "rows", len(members), len(others)),
-        "one_run": _of_split(found[PRIMARY], share, settings, _delta(scene), scene.config.seed),
+        "one_run": _of_split(found[PRIMARY], settings, _delta(scene), scene.config.seed),
     }
 
 
@@ -189,7 +189,7 @@ def _json(scores: Scores, seed: int) -> dict[str, Any]:
     return roc.json_of(roc.roc(scores.members, scores.others, seed), scores.needs)
 
 
-def drawn(scene: Scene, settings: Settings) -> tuple[list[Example], list[Example], float]:
+def drawn(scene: Scene, settings: Settings) -> tuple[list[Example], list[Example]]:
     """Rows to score: trained on and held out, as many of each as there are up to `settings.examples`.
 
     Args:
@@ -197,7 +197,7 @@ def drawn(scene: Scene, settings: Settings) -> tuple[list[Example], list[Example
         settings: For the number.
 
     Returns:
-        Members, others, and the share of training rows that were drawn. Of a row only one example.
+        Members and others. Of a row only one example.
     """
     canaries = {id(example.tokens) for some in scene.canaries for example in some.examples}
     train = [
@@ -207,7 +207,7 @@ def drawn(scene: Scene, settings: Settings) -> tuple[list[Example], list[Example
     everything = [one for some in scene.prepared.train.values() for one in some]
     others = _cut(strangers(everything, held), settings.examples, scene.config.seed, "others")
     members = _cut(train, settings.examples, scene.config.seed, "members")
-    return members, others, len(members) / max(1, len(train))
+    return members, others
 
 
 def _one_a_row(examples: Sequence[Example]) -> list[Example]:
@@ -222,21 +222,20 @@ def _cut(examples: Sequence[Example], most: int, seed: int, name: str) -> list[E
     return [examples[int(place)] for place in sorted(order)]
 
 
-def _of_split(scores: Scores, share: float, settings: Settings, delta: float, seed: int) -> dict[str, Any] | None:
-    """The one-run bound with the run's own split as coins: equal numbers of both kinds, drawn by other coins.
+def _of_split(scores: Scores, settings: Settings, delta: float, seed: int) -> dict[str, Any] | None:
+    """The one-run bound with the run's own split as coins.
 
-    Rows went to training or were held out by their hash, so that among equal numbers each row is as likely in as out.
+    Rows went to training or were held out by their hash, most to training. Each of the more numerous kind is kept with such a
+    chance that a row that is kept is as likely of one kind as of the other.
     """
-    least = min(len(scores.members), len(scores.others))
-    if least < 4:
-        return None
     rng = seeds.stream(seed, "audit", "split")
-    members = rng.permutation(scores.members)[:least]
-    others = rng.permutation(scores.others)[:least]
-    included = np.repeat([True, False], least)
-    guesses = max(2, min(settings.guesses, least))
-    found = one_run.one_run(included, np.concatenate([members, others]), delta, settings.significance, guesses)
-    return one_run.json_of(found)
+    least = min(len(scores.members), len(scores.others))
+    kept = [some[rng.random(len(some)) < least / max(1, len(some))] for some in (scores.members, scores.others)]
+    included = np.repeat([True, False], [len(some) for some in kept])
+    if len(included) < 4:
+        return None
+    guesses = max(2, min(settings.guesses, len(included) // 2))
+    return one_run.json_of(one_run.one_run(included, np.concatenate(kept), delta, settings.significance, guesses))
 
 
 def beyond_claim(claim: Mapping[str, Any], membership: Mapping[str, Any]) -> Check:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,12 @@ from lamina.protos.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
-def base(llama: Path) -> Iterator[Base]:
+def base(llama: Path) -> Base:
     return load_base(BaseOptions(source=str(llama)))
 
 
 @pytest.fixture(scope="module")
-def classifier(bert: Path) -> Iterator[Base]:
+def classifier(bert: Path) -> Base:
     options = BaseOptions(source=str(bert), task="sequence-classification", labels=("a", "b", "c"))
     return load_base(options)
 
