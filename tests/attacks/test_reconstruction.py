@@ -330,7 +330,7 @@ def test_the_batches_are_those_of_the_run(tmp_path: Path, monkeypatch: pytest.Mo
         }  # the very objects, of all clients and rounds
 
 
-def test_a_base_tuned_to_memorise_helps_its_coordinator() -> None:
+def test_a_coordinator_that_prepared_the_base_learns_values_and_pairs() -> None:
     one = load_base(BaseOptions("tiny", device="cpu"))
     where = token_inputs(one, 128)
     assert where is not None
