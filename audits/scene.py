@@ -125,11 +125,15 @@ def close_up(found: Scene, folder: Path) -> Scene:
         privacy = replace(privacy, noise_multiplier=noise, epsilon=None)
     small = replace(
         config,
-        rounds=_CLOSE["rounds"],
+        rounds=_CLOSE_ROUNDS,
         train=replace(
-            config.train, local_steps=_CLOSE["steps"], batch_size=_CLOSE["rows"], accumulation=1, micro_batch=None
+            config.train,
+            local_steps=_CLOSE_STEPS,
+            batch_size=max(1, config.train.batch_size // _USUAL_BATCH),
+            accumulation=1,
+            micro_batch=None,
         ),
-        evaluate=replace(config.evaluate, every=_CLOSE["rounds"], max_examples=1),
+        evaluate=replace(config.evaluate, every=_CLOSE_ROUNDS, max_examples=1),
         privacy=privacy,
         keep_updates=True,
     )
@@ -140,7 +144,8 @@ def close_up(found: Scene, folder: Path) -> Scene:
     return Scene(replace(run, config=replace(run.config, privacy=meant)), prepared, origin="campaign")
 
 
-_CLOSE = {"rounds": 2, "steps": 2, "rows": 1}
+# A row a step, and as many more as the batches are larger than a campaign's usual ones.
+_CLOSE_ROUNDS, _CLOSE_STEPS, _USUAL_BATCH = 2, 2, 16
 
 
 def _some(examples: Sequence[Example], rows: int, seed: int, client: str) -> list[Example]:
