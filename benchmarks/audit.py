@@ -106,7 +106,6 @@ def scored(arm: str, quick: bool) -> dict[str, Any]:
     campaign = campaigns.campaign(config, prepared.base.spec, found, "audit")
     started = time.monotonic()
     adapter = run(Loop(campaign, cohort.channel(), lambda state, held: None)).adapter
-    trained = time.monotonic()
     evaluation = engine.evaluate(prepared, adapter, config, arm)
     members = [example for some in prepared.train.values() for example in some]
     make = Encoder(prepared.base.tokenizer, config.data, config.task, prepared.labels, config.train.max_length)
@@ -114,7 +113,6 @@ def scored(arm: str, quick: bool) -> dict[str, Any]:
     others = strangers(everything, make.examples(load_rows(str(dealt(quick)[1]), config.data)))
     presented = config.rounds * config.train.local_steps * config.train.batch_size * config.clients.count
     settings = Settings(config.train, shadows=2 if quick else 4, passes=presented / len(members) / config.clients.count)
-    begun = time.monotonic()
     scores = attack(prepared.base, adapter, members, others, settings, folder=cache(quick) / "shadows")
     result = {
         "accuracy": evaluation.accuracy,
@@ -123,8 +121,6 @@ def scored(arm: str, quick: bool) -> dict[str, Any]:
         "others": len(others),
         "passes": settings.passes,
         "shadows": settings.shadows,
-        "train_seconds": trained - started,
-        "attack_seconds": time.monotonic() - begun,
         "scores": {name: [one.members.tolist(), one.others.tolist()] for name, one in scores.items()},
     }
     partial = path.with_suffix(".partial")
@@ -148,7 +144,7 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
 def table(arm: str, result: dict[str, Any], found: dict[str, Any]) -> list[str]:
     lines = [
         f"**{arm}**: accuracy {result['accuracy']:.3f} on the test file (chance {CHANCE:.3f}); {result['members']} members, "
-        f"{result['others']} others; training {result['train_seconds']:.0f} s, attacks {result['attack_seconds']:.0f} s",
+        f"{result['others']} others",
         "",
         "| attack | AUC | true positive rate at 1 % false positives | at 0.1 % |",
         "|---|---|---|---|",
