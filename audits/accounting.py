@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Beyond this, privacy loss distributions take minutes, and no claim is so large.
-_MOST_EPSILON = 60.0
+# By RDP, which is up to a half above the truth: a run's own accountant goes by loss distributions up to 100, and what is computed
+# here must not be the looser bound of the two.
+_MOST_EPSILON = 150.0
 _INTERVAL = 1e-3
 _SLACK = 0.02  # grids of accountants differ by less
 
@@ -85,4 +86,4 @@ def understated(claimed: float, recomputed: float) -> bool:
     Returns:
         True for a false claim.
     """
-    return recomputed > claimed * (1 + _SLACK) + 1e-3
+    return not recomputed <= claimed * (1 + _SLACK) + 1e-3  # nor where either is no number

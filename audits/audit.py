@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -159,11 +160,11 @@ def _mechanism(work: Work, progress: Progress) -> tuple[Json | None, str]:
     history = document.history(found)
     promised = found.run.summary["privacy"]
     seen = list(found.seen or ())
-    rounds = {client: sum(client in one["clients"] for one in found.run.rounds) for client in promised["per_client"]}
+    rounds = dict(Counter(client for one in found.run.rounds for client in one["clients"]))
     rounds[""] = len(found.run.rounds)
     happened = mechanism.happened_in(history, seen, config.train.local_steps, rounds)
     told = dict(promised["per_client"]) if claimed["unit"] != "client" else {"": promised["epsilon"]}
-    cost, again = mechanism.cost(told, promised.get("budget"), happened, promised["delta"])
+    cost, again = mechanism.cost(told, promised["epsilon"], promised.get("budget"), happened, promised["delta"])
     checks = [cost]
     if found.private:
         by_client: dict[str, list[Mapping[str, Any]]] = {}

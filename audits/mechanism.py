@@ -196,14 +196,19 @@ def sampling(private: Private, units: int, client: str) -> Check:
 
 
 def cost(
-    claimed: Mapping[str, float], budget: float | None, happened: Mapping[str, Sequence[Steps]], delta: float
+    claimed: Mapping[str, float],
+    whole: float,
+    budget: float | None,
+    happened: Mapping[str, Sequence[Steps]],
+    delta: float,
 ) -> tuple[Check, float]:
     """Whether what happened costs no more than was claimed and promised.
 
     Args:
         claimed: Client id -> epsilon as reported; the empty id for a central mechanism.
+        whole: Epsilon of the run as reported, which no client may exceed.
         budget: That the run promised, or None.
-        happened: Client id -> steps.
+        happened: Client id -> steps; none of a client that took part and that no event counts.
         delta: Of epsilon.
 
     Returns:
@@ -215,19 +220,19 @@ def cost(
         key = tuple(steps)
         cache.setdefault(key, accounting.epsilon(steps, delta))
         worst = max(worst, cache[key])
-        told = claimed.get(client)
+        told = min(claimed.get(client, whole), whole)
         who = f"client {client}" if client else "the central mechanism"
-        if told is not None and accounting.understated(told, cache[key]):
+        if not steps:
+            wrong.append(f"{who}: its rounds were counted nowhere")
+        if accounting.understated(told, cache[key]):
             wrong.append(f"{who}: {told:.4g} was reported")
         if budget is not None and accounting.understated(budget, cache[key]):
             wrong.append(f"{who}: {budget:g} was promised")
-    known = list(claimed.values())
-    expected = f"reported {max(known):.4g}" if known else "a reported epsilon"
     return (
         Check(
             "accounting",
             not wrong if happened else None,
-            expected + (f", promised {budget:g}" if budget is not None else ""),
+            f"reported {whole:.4g}" + (f", promised {budget:g}" if budget is not None else ""),
             f"{worst:.4g} from all steps together" + (": " + "; ".join(wrong[:3]) if wrong else ""),
             "Epsilon of everything that happened, composed over all rounds by dp-accounting directly.",
         ),
@@ -247,7 +252,7 @@ def happened_in(
         rounds: Client id -> rounds in which its update counted; of a central mechanism, whose id is empty, all rounds.
 
     Returns:
-        Client id -> steps.
+        Client id -> steps; none of a client whose rounds no event counts, where others' are counted.
     """
     found = accounting.steps_of(history)
     counted = witness.steps_by_client(seen) if seen else {}
@@ -257,6 +262,8 @@ def happened_in(
         missing = truly - sum(one.steps for one in steps)
         if missing > 0:
             found[client] = [*steps, replace(steps[0], steps=missing)]
+    if any(found):  # which a central mechanism alone has not
+        found |= {client: [] for client, number in rounds.items() if client and number and client not in found}
     return found
 
 

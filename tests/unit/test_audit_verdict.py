@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from lamina.audits.accounting import Steps, epsilon, steps_of, understated
-from lamina.audits.mechanism import Check
+from lamina.audits.mechanism import Check, cost
 from lamina.audits.verdict import verdict
+from lamina.protos.privacy.accounting import epsilon as accounted
+from lamina.protos.privacy.accounting import noise_for
+from lamina.protos.privacy.events import Event
 
 CLAIM = {"epsilon": 8.0, "delta": 1e-5}
 
@@ -67,6 +70,28 @@ def test_a_claim_is_understated_beyond_what_accountants_differ_by() -> None:
     assert not understated(8.0, 8.1)
     assert understated(8.0, 8.3)
     assert understated(0.0, 0.1)
+    assert understated(float("nan"), 8.0)
+
+
+@pytest.mark.parametrize("budget", [40.0, 64.0])
+def test_a_large_claim_is_not_refuted_by_a_looser_bound(budget: float) -> None:
+    """RDP says 71 where the run's accountant, by loss distributions, says 64."""
+    noise = noise_for(budget, 1e-5, 0.2, 6)
+    claimed = accounted([Event("a", 1, noise, 0.2, 6, 1.0, "record")], 1e-5)
+    assert not understated(claimed, epsilon([Steps(noise, 0.2, 6)], 1e-5))
+
+
+def test_cost_holds_every_client_to_the_runs_own_claim_and_misses_nobody() -> None:
+    happened = {"a": [Steps(1.0, 1.0, 1)], "b": [Steps(2.0, 1.0, 1)]}  # epsilon 4.38 and 2.0 or so
+    right = {"a": 4.3772, "b": 4.0}
+    assert cost(right, 4.3772, None, happened, 1e-5)[0].holds
+    assert cost(right, 2.0, None, happened, 1e-5)[0].holds is False  # that of b, shown for all
+    assert cost({"b": 4.0}, 2.0, None, happened, 1e-5)[0].holds is False
+    assert cost(right, 4.3772, 4.0, happened, 1e-5)[0].holds is False
+    dropped = cost(right, 4.3772, None, {**happened, "c": []}, 1e-5)[0]
+    assert dropped.holds is False
+    assert "client c" in dropped.measured
+    assert cost({}, 4.0, None, {}, 1e-5)[0].holds is None
 
 
 def test_steps_by_client() -> None:
