@@ -171,9 +171,10 @@ def _mechanism(work: Work, progress: Progress) -> tuple[Json | None, str]:
         for event in history:
             by_client.setdefault(str(event["client_id"]), []).append(event)
         units = float(config.train.batch_size * config.train.accumulation)
-        checks += [mechanism.noise(seen, by_client, units), mechanism.independence(seen)]
+        checks += [mechanism.noise(seen, by_client, units), mechanism.independence(seen, by_client, units)]
         client, private = next(iter(found.private.items()))
-        checks += [_sensitivity(found, client, private), mechanism.sampling(private, 100, client)]
+        told = [float(event["sample_rate"]) for event in by_client.get(client, ())]
+        checks += _probed(found, client, private, told)
     held = sum(check.holds is True for check in checks)
     document_of = document.mechanism(found, history, again)
     return {
@@ -182,16 +183,23 @@ def _mechanism(work: Work, progress: Progress) -> tuple[Json | None, str]:
     }, f"{held} of {len(checks)} checks hold"
 
 
-def _sensitivity(found: Scene, client: str, private: Private) -> Check:
-    config = found.config
+def _probed(found: Scene, client: str, private: Private, told: Sequence[float]) -> list[Check]:
+    """What a client's own training code does, tried out here."""
+    config, base = found.config, found.prepared.bases[client]
     odd = [example for some in found.canaries for example in some.examples[:3]]
     rows: Sequence[Example] = [*odd, *found.prepared.train[client]]
-    units = [replace(example, row=number, user=str(number)) for number, example in enumerate(rows[:6])]
     task = Task(client, 1, config.rounds, config.seed, config.train)
-    try:
-        return mechanism.sensitivity(found.prepared.bases[client], found.run.adapter, units, private, task)
-    except LaminaError as error:
-        return mechanism.failed("sensitivity", error)
+    probes = {
+        "sensitivity": lambda: mechanism.sensitivity(base, found.run.adapter, rows, private, task),
+        "sampling": lambda: mechanism.sampling(base, found.run.adapter, private, task, told),
+    }
+    checks = []
+    for name, probe in probes.items():
+        try:
+            checks.append(probe())
+        except LaminaError as error:
+            checks.append(mechanism.failed(name, error))
+    return checks
 
 
 def _canaries(work: Work, progress: Progress) -> tuple[Json | None, str]:

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lamina.audits import accounting, witness
 from lamina.audits.accounting import Steps
+from lamina.audits.canaries import references
 from lamina.audits.witness import Seen
 from lamina.client.data import Example
 from lamina.client.model import Base, put
@@ -30,8 +32,10 @@ from lamina.protos.errors import LaminaError
 # How far chance moves what is measured, in standard deviations: one false alarm in two million.
 _FAR = 5.0
 _FAR_LEAST = 7.0  # of the least of some ten thousand sums of squares, which have no symmetric tails
-_ALIKE = 0.5  # gradients of private steps are nearly all noise; of two independent draws nothing comes near
+_ALIKE = 0.5  # of two independent draws nothing comes near
 _PROBED, _ROUNDING = 6, 1e-3
+_DRAWN, _DRAWS, _TOKENS, _LEAST_RATE = 48, 100, 8, 0.25
+Drawn = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,9 @@ def noise(seen: list[Seen], claims: Mapping[str, Sequence[Mapping[str, Any]]], e
     Returns:
         The check.
     """
-    found = []
-    for client, events in claims.items():
-        unit = float(events[0]["noise_multiplier"]) * float(events[0]["clip"]) / expected_units
-        if (one := witness.noise_of(seen, client, unit)) is not None:
-            found.append(one)
+    deviations = _deviations(claims, expected_units)
+    looked = (witness.noise_of(seen, client, one) for client, one in deviations.items())
+    found = [one for one in looked if one is not None]
     worst = max(found, key=lambda one: one.surprise, default=None)
     return Check(
         "noise",
@@ -84,20 +86,35 @@ def noise(seen: list[Seen], claims: Mapping[str, Sequence[Mapping[str, Any]]], e
     )
 
 
-def independence(seen: list[Seen]) -> Check:
+def _deviations(claims: Mapping[str, Sequence[Mapping[str, Any]]], expected_units: float) -> dict[str, float]:
+    """Client id -> deviation of the noise in its gradients, as it claims."""
+    return {
+        client: float(events[0]["noise_multiplier"]) * float(events[0]["clip"]) / expected_units
+        for client, events in claims.items()
+    }
+
+
+def independence(seen: list[Seen], claims: Mapping[str, Sequence[Mapping[str, Any]]], expected_units: float) -> Check:
     """Whether no noise is used twice, by two clients, rounds or steps.
+
+    What the data give is alike from step to step and may make gradients so: as much of a correlation as is explained by what two
+    gradients hold beside the claimed noise is left out.
 
     Args:
         seen: By a witness.
+        claims: Client id -> its events.
+        expected_units: By which a step's noised sum is divided.
 
     Returns:
         The check.
     """
-    found, where, pairs = witness.largest_correlation(seen)
+    found, where, pairs = witness.largest_correlation(seen, _deviations(claims, expected_units))
     return Check(
         "independence",
         None if math.isnan(found) else found < _ALIKE,
-        f"no two of {pairs:,} pairs of steps alike (correlation below {_ALIKE})" if pairs else "steps to compare",
+        f"no two of {pairs:,} pairs of steps alike (correlation below {_ALIKE} beside the data's)"
+        if pairs
+        else "steps to compare",
         f"largest correlation {found:.3f}, {where}" if pairs else "too few steps were seen",
         "Noise that is used twice can be subtracted: whoever sees both sums sees their difference without it.",
     )
@@ -123,32 +140,38 @@ def sensitivity(base: Base, adapter: Adapter, examples: Sequence[Example], priva
     Args:
         base: The frozen base; its slots are overwritten.
         adapter: At which the gradients are taken; not zero.
-        examples: Of different units, canaries among them.
+        examples: Canaries among them; under privacy.unit=user several are put together for one user.
         private: A client's mechanism.
         task: Settings of its training.
 
     Returns:
         The check.
     """
-    some = list(examples)[:_PROBED]
+    some = _in_units(examples, private)
     tight = 1e-2 * private.mechanism.max_grad_norm
     worst = 0.0
     for bound in (private.mechanism.max_grad_norm, tight):
         mechanism = replace(private.mechanism, steps=1, max_grad_norm=bound)
         probe = Private(mechanism, private.nominal, lambda *_: _Silent())  # type: ignore[arg-type]
         whole = _sum(base, adapter, some, probe, task)
-        for left_out in range(len(some)):
-            rest = [one for number, one in enumerate(some) if number != left_out]
+        for left_out in dict.fromkeys(one.user for one in some):
+            rest = [one for one in some if one.user != left_out]
             moved = float((whole - _sum(base, adapter, rest, probe, task)).norm())
             worst = max(worst, moved * mechanism.expected_units / bound)
     put(base, EMPTY, None, trainable=False)
     return Check(
         "sensitivity",
         worst <= 1 + _ROUNDING,
-        "one record moves a step's sum by at most 1 x the clipping norm",
-        f"{worst:.4f} x, the largest of {len(some)} records at two norms",
-        "What one record can move is what the noise is measured by. More, and the claim counts too little noise.",
+        f"one {private.mechanism.unit} moves a step's sum by at most 1 x the clipping norm",
+        f"{worst:.4f} x, the largest of {len({one.user for one in some})} {private.mechanism.unit}s at two norms",
+        "What one unit can move is what the noise is measured by. More, and the claim counts too little noise.",
     )
+
+
+def _in_units(examples: Sequence[Example], private: Private) -> list[Example]:
+    """Some examples, a row each; of users several, of which the bound counts no more than `user_rows`."""
+    each = 1 if private.mechanism.unit == "record" else 3
+    return [replace(one, row=row, user=str(row // each)) for row, one in enumerate(examples[: _PROBED * each])]
 
 
 def _sum(base: Base, adapter: Adapter, examples: Sequence[Example], private: Private, task: Task) -> torch.Tensor:
@@ -167,32 +190,78 @@ def _sum(base: Base, adapter: Adapter, examples: Sequence[Example], private: Pri
     return found[0]
 
 
-def sampling(private: Private, units: int, client: str) -> Check:
-    """Whether a client's stream draws units at the claimed rate, anew in each step.
+def sampling(base: Base, adapter: Adapter, private: Private, task: Task, told: Sequence[float] = ()) -> Check:
+    """Whether training draws units at the claimed rate, each by itself and anew in each step.
+
+    The client's training is run on rows of random tokens, and what its model reads is looked at. A rate below a quarter is raised
+    to it, or little would be seen: what is done with a rate does not depend on it.
 
     Args:
+        base: The frozen base; its slots are overwritten.
+        adapter: In the slots meanwhile.
         private: The client's mechanism.
-        units: How many are drawn from.
-        client: Whose stream.
+        task: Settings of its training.
+        told: Sample rates that the client's events claim.
 
     Returns:
         The check.
     """
-    stream, rate, steps = private.stream("sampling", client, 1), private.mechanism.sample_rate, 200
-    drawn = np.stack([stream.uniform(units) < rate for _ in range(steps)])
-    share = float(drawn.mean())
+    truly, steps = private.mechanism.sample_rate, _DRAWS
+    rate = max(truly, _LEAST_RATE)
+    rows = references(base, _DRAWN, _TOKENS, task.seed)
+    distinct = {one.tokens.tobytes(): one for one in rows}.values()
+    examples = [replace(one, row=number, user=str(number)) for number, one in enumerate(distinct)]
+    mechanism = replace(private.mechanism, steps=steps, sample_rate=rate)
+    probe = Private(mechanism, private.nominal, lambda *of: private.stream(*of) if of[0] == "sampling" else _Silent())  # type: ignore[arg-type,return-value]
+    still = replace(task.config, local_steps=steps, batch_size=len(examples), micro_batch=None, learning_rate=1e-9)
+    drawn = _drawn(base, examples, adapter, probe, replace(task, config=still))
+    share, number = float(drawn.mean()), len(examples)
     spread = math.sqrt(rate * (1 - rate) / drawn.size)
-    same = sum(bool((one == other).all()) for one, other in itertools.pairwise(drawn))
+    wrong = [] if abs(share - rate) <= _FAR * spread + 1e-12 else ["another rate"]
     # Two steps may draw the same units by chance where there are few.
-    chance = (rate**2 + (1 - rate) ** 2) ** units
-    repeated = same > (steps - 1) * chance + _FAR * math.sqrt((steps - 1) * chance * (1 - chance)) + 0.5
+    same = sum(bool((one == other).all()) for one, other in itertools.pairwise(drawn))
+    chance = (rate**2 + (1 - rate) ** 2) ** number
+    if same > (steps - 1) * chance + _FAR * math.sqrt((steps - 1) * chance * (1 - chance)) + 0.5:
+        wrong.append("the same records again")
+    # Of independent draws the numbers in a step vary as a binomial one, whose variance this estimates.
+    if rate < 1:
+        varied = float(drawn.sum(axis=1).var(ddof=1)) / (number * rate * (1 - rate))
+        chance = math.sqrt(2 / (steps - 1) + 1 / (steps * number * rate * (1 - rate)))
+        if not 1 - _FAR * chance <= varied <= 1 + _FAR_LEAST * chance:
+            wrong.append(f"numbers in a step with {varied:.2f} x the variance of independent draws")
+    if low := [one for one in told if one < truly * (1 - 1e-9)]:
+        wrong.append(f"events claim {min(low):.4g} where it is {truly:.4g}")
     return Check(
         "sampling",
-        abs(share - rate) <= _FAR * spread + 1e-12 and not repeated,
-        f"each record in a step with probability {rate:.4g}, drawn anew",
-        f"{share:.4g} over {steps} steps of {units} records" + (", the same records again" if repeated else ""),
+        not wrong,
+        f"each record in a step with probability {rate:.4g}, by itself and drawn anew",
+        f"{share:.4g} over {steps} steps of {number} records" + "".join(f"; {one}" for one in wrong),
         "The claim counts on whoever is in a step being drawn at this rate, unknown to others.",
     )
+
+
+def _drawn(base: Base, examples: Sequence[Example], adapter: Adapter, private: Private, task: Task) -> Drawn:
+    """(steps, examples): which of the examples the model read in each step of a round."""
+    length, kind = len(examples[0].tokens), examples[0].tokens.dtype
+    known = {one.tokens.tobytes(): place for place, one in enumerate(examples)}
+    read: list[set[int]] = [set()]
+
+    def look(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        rows = given[0][:, :length].cpu().numpy().astype(kind)
+        read[-1].update(known[one] for row in rows if (one := row.tobytes()) in known)
+
+    put(base, adapter, None)
+    handles = [
+        base.model.get_input_embeddings().register_forward_pre_hook(look),
+        register_optimizer_step_pre_hook(lambda *_: read.append(set())),
+    ]
+    try:
+        train_privately(base, examples, task, private, adapter)
+    finally:
+        for handle in handles:
+            handle.remove()
+        put(base, EMPTY, None, trainable=False)
+    return np.array([[place in step for place in range(len(examples))] for step in read[:-1]])
 
 
 def cost(

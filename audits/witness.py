@@ -185,22 +185,29 @@ def _with_sums(table: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.hstack([table, table.sum(axis=1, keepdims=True)])
 
 
-def largest_correlation(seen: list[Seen]) -> tuple[float, str, int]:
-    """How alike the most alike gradients of two different steps are.
+def largest_correlation(seen: list[Seen], deviations: Mapping[str, float]) -> tuple[float, str, int]:
+    """How alike the most alike gradients of two different steps are, beyond what the data in them may account for.
+
+    If a share f of a gradient's square is not noise, then the parts of two gradients that are not noise correlate by no more than
+    sqrt(f f').
 
     Args:
         seen: By a witness.
+        deviations: Client id -> deviation of its noise.
 
     Returns:
-        The largest absolute correlation, between which steps, and how many pairs were compared; NaN without two.
+        The largest absolute correlation beyond that, between which steps, and how many pairs were compared; NaN without two.
     """
-    kept = [one for one in seen if one.some.size]
+    kept = [one for one in seen if one.some.size and one.client in deviations]
     length = min((one.some.size for one in kept), default=0)
     if len(kept) < 2 or not length:
         return math.nan, "", 0
     table = np.stack([one.some[:length] for one in kept]).astype(np.float64)
-    table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-30)
-    alike = np.abs(table @ table.T)
+    lengths = np.maximum(np.linalg.norm(table, axis=1), 1e-30)
+    noise = np.array([deviations[one.client] for one in kept]) * math.sqrt(length)
+    data = np.sqrt(np.maximum(0, 1 - np.square(noise / lengths)))
+    table /= lengths[:, None]
+    alike = np.maximum(np.abs(table @ table.T) - np.outer(data, data), 0)
     np.fill_diagonal(alike, 0)
     first, second = np.unravel_index(int(alike.argmax()), alike.shape)
     named = [f"client {one.client}, round {one.round}, step {one.step}" for one in (kept[first], kept[second])]

@@ -17,10 +17,11 @@ from lamina.audits.mechanism import Check, happened_in
 from lamina.audits.scene import Scene
 from lamina.audits.telling import Telling
 from lamina.audits.verdict import verdict
-from lamina.audits.witness import Seen
-from lamina.client.private import clipper, train
+from lamina.audits.witness import Seen, largest_correlation
+from lamina.client.private import clipper, sampling, train
 from lamina.protos.privacy import accounting, mechanism, noise
 from lamina.protos.privacy.events import Event
+from lamina.protos.privacy.mechanism import Mechanism
 from lamina.server import spending
 from lamina.simulations import private
 from tests import audits
@@ -55,6 +56,44 @@ def _clipped_by_row_not_by_unit_sum(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         clipper, "add", lambda found, sheet, units, goes_on, clip: add(found, sheet, units, goes_on, 2 * clip)
     )
+
+
+def _clipped_by_row(patch: pytest.MonkeyPatch) -> None:
+    """Each row of a user by itself."""
+    add = clipper.add
+
+    def rows(found: Any, sheet: Any, units: Sequence[int], goes_on: bool, clip: float) -> Any:
+        return add(found, sheet, range(len(units)), False, clip)
+
+    patch.setattr(clipper, "add", rows)
+
+
+def _drawn_twice_as_often(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        train, "drawn", lambda units, rate, most, stream: sampling.drawn(units, min(1, 2 * rate), most, stream)
+    )
+
+
+def _always_as_many(patch: pytest.MonkeyPatch) -> None:
+    """A batch of one size, drawn without replacement, as loaders of data do."""
+
+    def drawn(units: Any, rate: float, most: int, stream: Any) -> Any:
+        chosen = np.argsort(stream.uniform(len(units)))[: max(1, round(rate * len(units)))]
+        return sampling.drawn([units[int(index)] for index in chosen], 1.0, most, stream)
+
+    patch.setattr(train, "drawn", drawn)
+
+
+def _always_the_same(patch: pytest.MonkeyPatch) -> None:
+    def drawn(units: Any, rate: float, most: int, stream: Any) -> Any:
+        return sampling.drawn(units, rate, most, noise.seeded(0))
+
+    patch.setattr(train, "drawn", drawn)
+
+
+def _claims_half_the_rate(patch: pytest.MonkeyPatch) -> None:
+    event = Mechanism.event
+    patch.setattr(Mechanism, "event", lambda own, *of: replace(event(own, *of), sample_rate=own.sample_rate / 2))
 
 
 def _same_noise(patch: pytest.MonkeyPatch) -> None:
@@ -109,6 +148,10 @@ PLANTS: Mapping[str, tuple[Plant, str]] = {
     "clipped at twice the bound": (_clipped_by_row_not_by_unit_sum, "sensitivity"),
     "same noise at every client": (_same_noise, "independence"),
     "the same noise in every round": (_noise_begins_again, "independence"),
+    "drawn twice as often": (_drawn_twice_as_often, "sampling"),
+    "batches of one size": (_always_as_many, "sensitivity, sampling"),
+    "always the same records": (_always_the_same, "sensitivity, sampling"),
+    "half the rate in the events": (_claims_half_the_rate, "sampling"),
     "accountant reset every round": (_accountant_reset, "accounting"),
     "noise calibrated for one round": (_calibrated_by_round, "accounting"),
 }
@@ -122,10 +165,10 @@ def test_a_planted_mistake_is_found(
     plant(monkeypatch)
     found = audits.campaign(audits.small(llama, notes, *audits.PRIVATE), tmp_path)
     checks = _checks(found, tmp_path)
-    assert [one.name for one in checks.values() if one.holds is False] == [check]
+    assert ", ".join(one.name for one in checks.values() if one.holds is False) == check
     word, reasons = verdict(document.claim(found), list(checks.values()), None)
     assert word == "violated"
-    assert check in reasons[0]
+    assert [reason.split(":")[0] for reason in reasons] == check.split(", ")
 
 
 @pytest.mark.parametrize("words", [(), ("strategy=ffa",), ("strategy=ffa", "privacy.secagg=true", "clients.count=3")])
@@ -137,26 +180,39 @@ def test_a_right_mechanism_passes(words: Sequence[str], llama: Path, notes: Path
     assert verdict(document.claim(found), list(checks.values()), None)[0] == "under-powered"
 
 
-def test_a_stream_that_draws_too_often_is_found(llama: Path, notes: Path, tmp_path: Path) -> None:
-    from lamina.audits.mechanism import sampling
+@pytest.mark.parametrize(("plant", "check"), [(_clipped_by_row, "sensitivity"), (_drawn_twice_as_often, "sampling")])
+def test_a_planted_mistake_with_users_is_found(
+    plant: Plant, check: str, llama: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("privacy.unit=user", "data.user_column=silo", "privacy.user_rows=3", "privacy.delta=1e-3")
+    config = audits.small(llama, notes, *audits.PRIVATE, *words, "train.batch_size=2")
+    found = audits.campaign(config, tmp_path)
+    assert all(one.holds for one in _checks(found, tmp_path).values())
+    plant(monkeypatch)
+    assert [one.name for one in _checks(found, tmp_path).values() if one.holds is False] == [check]
 
-    found = audits.campaign(audits.small(llama, notes, *audits.PRIVATE), tmp_path)
-    assert found.private is not None
-    right = next(iter(found.private.values()))
-    rate = right.mechanism.sample_rate
-    assert sampling(right, 100, "0").holds
-    often = replace(right, mechanism=replace(right.mechanism, sample_rate=0.8 * rate))
 
-    class Often:
-        def uniform(self, count: int) -> np.ndarray:
-            return right.stream("sampling", "0", 1).uniform(count)  # the same draws again in every step
+def test_data_that_are_alike_in_every_step_are_no_noise_used_twice(llama: Path, notes: Path, tmp_path: Path) -> None:
+    """Little noise over gradients that all point one way: the largest claim, clipping that always bites, and few numbers."""
+    words = ("privacy.epsilon=64", "clients.ranks=1", "train.batch_size=16", "train.max_grad_norm=0.001")
+    found = audits.campaign(audits.small(llama, notes, *audits.PRIVATE, *words), tmp_path)
+    assert all(one.holds for one in _checks(found, tmp_path).values())
 
-        def normal(self, count: int) -> np.ndarray:
-            return np.zeros(count)
 
-    again = replace(right, stream=lambda *_: Often())  # type: ignore[arg-type]
-    assert sampling(often, 2000, "0").holds is not None
-    assert sampling(again, 100, "0").holds is False
+def test_the_data_account_for_no_more_of_a_correlation_than_they_can() -> None:
+    rng = np.random.default_rng(0)
+    data, noise_of_both = rng.normal(size=4096), rng.normal(size=(2, 4096))
+
+    def excess(first: np.ndarray, second: np.ndarray) -> float:
+        none = np.zeros(0)
+        steps = (first, second)
+        seen = [Seen("0", 1, step, none.astype(int), none, one.astype(np.float32)) for step, one in enumerate(steps)]
+        return largest_correlation(seen, {"0": 1.0})[0]
+
+    for size in (0.0, 0.5, 1.0, 10.0):  # correlations of 0, 0.2, 0.5 and 0.99
+        assert excess(size * data + noise_of_both[0], size * data + noise_of_both[1]) < 0.1
+    assert excess(0.5 * data + noise_of_both[0], 0.5 * data + noise_of_both[0]) > 0.7
+    assert excess(noise_of_both[0], noise_of_both[1] - noise_of_both[0]) > 0.6
 
 
 def test_coins_cannot_be_read_off_public_numbers(llama: Path, notes: Path, tmp_path: Path) -> None:
