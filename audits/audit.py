@@ -20,6 +20,7 @@ from lamina.audits import client_canaries, defences, document, extraction, mecha
 from lamina.audits import verdict as verdicts
 from lamina.audits.estimators.one_shot import beyond
 from lamina.audits.mechanism import Check
+from lamina.audits.membership.shadows import content_of
 from lamina.audits.rebuilding import rebuilt
 from lamina.audits.scene import Scene
 from lamina.audits.settings import PARTS, Settings
@@ -149,7 +150,16 @@ def _kept(work: Work, name: str) -> Json | None:
 def _fingerprint(work: Work) -> str:
     how = replace(work.settings, run_dir=None, output=None, fail_on="", identity="", parts=(), show_text=True)
     text = json.dumps([str(how), work.scene.run.hashes(), __version__, work.scene.origin], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    found = hashlib.sha256(text.encode())
+    for some in (
+        work.scene.prepared.train,
+        work.scene.prepared.held_out,
+    ):  # of a deployment, nothing else knows the rows
+        for client, examples in some.items():
+            found.update(client.encode())
+            for example in examples:
+                found.update(content_of(example))
+    return found.hexdigest()
 
 
 def _mechanism(work: Work, progress: Progress) -> tuple[Json | None, str]:

@@ -78,6 +78,8 @@ def main(command: str, words: Sequence[str]) -> int:
     quiet()
     config, overrides = _asked(settings, words)
     folder = settings.output or _folder(settings)
+    if settings.identity:
+        _check_nothing_to_take_up(settings.run_dir, folder)
     telling = Telling(console, 1 + len(settings.parts))
     watcher = Terminal(console, "campaign" if config else "replay")
     try:
@@ -124,6 +126,18 @@ def _folder(settings: Settings) -> Path:
         return settings.run_dir / "audit"
     made = default_output()
     return made.with_name(f"{made.name}-audit")
+
+
+def _check_nothing_to_take_up(run_dir: Path | None, folder: Path) -> None:
+    """An auditor signs what was found here, and whoever hands a run over may have put findings of an audit into it."""
+    if run_dir is None or not folder.is_dir() or run_dir.resolve() not in folder.resolve().parents:
+        return
+    if left := sorted(one.name for one in folder.iterdir() if one.name not in ("audit.json", "audit.html")):
+        raise ConfigError(
+            f"{folder}: expected nothing of an earlier audit within the run that is to be signed for, found "
+            f"{', '.join(left[:4])}, "
+            "which would be taken for what was found now. Remove the folder, or give an output outside of the run."
+        )
 
 
 def _write(folder: Path, document: Mapping[str, Any]) -> None:

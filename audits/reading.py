@@ -34,6 +34,7 @@ class Finished:
         adapter: The final global adapter, as `adapter/` has it.
         kept: Rounds whose updates and releases were kept.
         history: What private mechanisms did, one event each, from the last checkpoint.
+        repeats: Of a replay, the directory of the run that is audited.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class Finished:
     adapter: Adapter
     kept: tuple[int, ...]
     history: tuple[dict[str, Any], ...]
+    repeats: Path | None = None
 
     @property
     def deployed(self) -> bool:
@@ -52,8 +54,14 @@ class Finished:
 
     def hashes(self) -> dict[str, str]:
         """What identifies the run's files, by name: SHA-256."""
-        files = {"config": "config.yaml", "rounds": "rounds.jsonl", "adapter": "adapter/adapter_model.safetensors"}
-        found = {name: file_digest(self.path / file).hexdigest() for name, file in files.items()}
+        files = {
+            "config": "config.yaml",
+            "summary": "summary.json",
+            "rounds": "rounds.jsonl",
+            "adapter": "adapter/adapter_model.safetensors",
+        }
+        path = self.repeats or self.path
+        found = {name: file_digest(path / file).hexdigest() for name, file in files.items()}
         return found | {f"base.{name}": value for name, value in self.spec.hashes.items()}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lamina import __version__
 from lamina.audits import canaries as making
 from lamina.audits import reading
 from lamina.audits.canaries import Canaries
@@ -177,10 +178,12 @@ def _simulated(
     config: Config, prepared: Prepared, path: Path, settings: Settings, watcher: Watcher
 ) -> tuple[Finished, tuple[Seen, ...]]:
     """A run under the eyes of a witness; a finished one of the same settings is taken as it is, a broken-off one goes on."""
-    mark, fingerprint = path.with_suffix(".json"), _fingerprint(config, settings)
+    mark, fingerprint = path.with_suffix(".json"), _fingerprint(config, settings, prepared)
     before = json.loads(mark.read_text()).get("fingerprint") if mark.is_file() else None
     if before not in (None, fingerprint):
-        raise ConfigError(f"{path}: expected no campaign of other settings there. Give another output, or remove it.")
+        raise ConfigError(
+            f"{path}: expected no campaign of other settings, data or version there. Give another output, or remove it."
+        )
     notes = path.with_suffix(".seen.npz")
     if not (path / "summary.json").is_file():
         going_on = before is not None and any(path.glob("checkpoints/round-*"))
@@ -195,9 +198,18 @@ def _simulated(
     return reading.read(path, []), _read_notes(notes)
 
 
-def _fingerprint(config: Config, settings: Settings) -> str:
-    text = compose.to_yaml(replace(config, output="", resume=""))
-    return hashlib.sha256(f"{text}|{settings.canaries}|{settings.rows}".encode()).hexdigest()
+def _fingerprint(config: Config, settings: Settings, prepared: Prepared) -> str:
+    """All that decides a run: another version, or a file that has other rows now, is no run to go on with."""
+    words = compose.to_yaml(replace(config, output="", resume=""))
+    known = [
+        words,
+        settings.canaries,
+        settings.rows,
+        __version__,
+        dict(prepared.corpus),
+        dict(prepared.base.spec.hashes),
+    ]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def _write_notes(path: Path, seen: Sequence[Seen]) -> None:
@@ -290,7 +302,9 @@ def _replayed(run: Finished, prepared: Prepared, folder: Path, settings: Setting
         )
         return Scene(run, prepared, origin="not kept")
     private = mechanisms(config, prepared.train, lambda text: None)
-    finished = replace(made, config=replace(config, keep_updates=kept), summary=run.summary, rounds=run.rounds)
+    finished = replace(
+        made, config=replace(config, keep_updates=kept), summary=run.summary, rounds=run.rounds, repeats=run.path
+    )
     return Scene(finished, prepared, seen=seen, private=private, origin="replayed")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import stat
@@ -149,6 +150,8 @@ def test_a_run_without_kept_updates_is_run_again(private: Path, capsys: pytest.C
     }  # fmt: skip
     assert all(check["holds"] for check in found["checks"])
     assert found["reconstruction"]["coordinator"]["applicable"]
+    for name, file in {"config": "config.yaml", "rounds": "rounds.jsonl", "summary": "summary.json"}.items():
+        assert found["subject"]["hashes"][name] == hashlib.sha256((private / file).read_bytes()).hexdigest()
 
 
 def test_a_claim_below_the_truth_is_refuted(private: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,6 +208,29 @@ def test_other_settings_do_not_take_up_a_campaign(
     words = campaign(llama, notes, tmp_path / "audit", "parts=canaries")
     assert here(capsys, *words).code == 0
     assert "Give another output" in failed(here(capsys, *words, "rounds=3"))
+
+
+def test_other_rows_do_not_take_up_a_campaign(
+    llama: Path, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(notes.read_bytes())
+    words = campaign(llama, rows, tmp_path / "audit", "parts=canaries")
+    assert here(capsys, *words).code == 0
+    rows.write_text(notes.read_text().replace("xyzzy", "plugh"))
+    assert "Give another output" in failed(here(capsys, *words))
+
+
+def test_nothing_that_came_with_a_run_is_signed(
+    leaking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part in a run's own folder may be made up by whoever hands it over."""
+    enrolled(new_ca(tmp_path / "ca", now=datetime.now(UTC)), tmp_path / "board", "board", "auditor", datetime.now(UTC))
+    run = shutil.copytree(leaking, tmp_path / "run", ignore=shutil.ignore_patterns("audit"))
+    (run / "audit" / "parts").mkdir(parents=True)
+    words = ("audit", str(run), *SMALL, "parts=extraction", f"identity={tmp_path}/board")
+    assert "found parts" in failed(here(capsys, *words))
+    assert here(capsys, *words, f"output={tmp_path}/elsewhere").code == 0
 
 
 def test_a_report_without_text(leaking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
