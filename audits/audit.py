@@ -142,6 +142,7 @@ def _kept(work: Work, name: str) -> Json | None:
             return before["result"]  # type: ignore[no-any-return]
     progress = work.telling.begin(name, what)
     result, line = make(work, progress)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # text of the data is in it
     write_atomic(path, json.dumps({"key": key, "result": result}, allow_nan=False))
     work.telling.done(line)
     return result

@@ -135,8 +135,8 @@ def _check_nothing_to_take_up(run_dir: Path | None, folder: Path) -> None:
     if left := sorted(one.name for one in folder.iterdir() if one.name not in ("audit.json", "audit.html")):
         raise ConfigError(
             f"{folder}: expected nothing of an earlier audit within the run that is to be signed for, found "
-            f"{', '.join(left[:4])}, "
-            "which would be taken for what was found now. Remove the folder, or give an output outside of the run."
+            f"{', '.join(left[:4])}, which would be taken for what was found now. Remove the folder, or give an output "
+            "outside of the run."
         )
 
 

@@ -6,6 +6,7 @@ Nothing of it is believed beyond what is said here: adapters are checked against
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ from lamina.protos.adapter import EMPTY, Adapter
 from lamina.protos.config import Config
 from lamina.protos.errors import ConfigError
 from lamina.protos.files import file_digest
+from lamina.protos.identity.certificates import is_name
+from lamina.protos.privacy.events import from_json
 from lamina.protos.spec import AdapterSpec
+
+_CLAIMED = "claimed_epsilon"  # of an entry of the history, beside its event
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +92,7 @@ def read(path: Path, overrides: list[str]) -> Finished:
     try:
         summary = json.loads((path / "summary.json").read_text())
         rounds = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines() if line.strip()]
-        if not isinstance(summary, dict) or not rounds:
-            raise ValueError("no rounds")
+        _check_shape(summary, rounds)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: expected summary.json and rounds.jsonl of a run, got {error}.") from None
     schema = spec.read(path / "adapter" / "spec.json")
@@ -110,6 +114,36 @@ def _instead(path: Path) -> str:
         return f"Finish it with `lamina simulate resume={path}`"
     runs = sorted(str(one.parent) for one in path.glob("*/summary.json"))
     return f"Name one of {', '.join(runs[:6])}" if runs else "Name one"
+
+
+def _check_shape(summary: Any, rounds: list[Any]) -> None:
+    """Raise ValueError where what an audit goes by is of another kind: a claim that is no number cannot be refuted."""
+    if not isinstance(summary, dict) or not rounds:
+        raise ValueError("no rounds")
+    for one in rounds:
+        clients = one.get("clients") if isinstance(one, dict) else None
+        if not isinstance(clients, list) or not all(isinstance(name, str) and is_name(name) for name in clients):
+            raise ValueError("a round without names of clients")
+        if type(one.get("round")) is not int or one["round"] < 1:
+            raise ValueError("a round without its number")
+    if not _is_number((summary.get("seconds") or {}).get("train", 0.0)):
+        raise ValueError("seconds that are no number")
+    told = summary.get("privacy")
+    if told is None:
+        return
+    if not isinstance(told, dict) or not isinstance(told.get("per_client"), dict):
+        raise ValueError("privacy without per_client")
+    wanted = [told.get("epsilon"), told.get("budget"), *told["per_client"].values()]
+    if not all(one is None or _is_number(one) for one in wanted) or None in told["per_client"].values():
+        raise ValueError("an epsilon that is no number")
+    if not _is_number(told.get("delta")) or not 0 < told["delta"] < 1:
+        raise ValueError("a delta that is not in (0, 1)")
+    if not all(isinstance(told.get(name), str) for name in ("mode", "unit", "accountant")):
+        raise ValueError("privacy without its mode, unit or accountant")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def kept_rounds(path: Path) -> tuple[int, ...]:
@@ -179,6 +213,9 @@ def _history(path: Path) -> tuple[dict[str, Any], ...]:
         return ()
     try:
         document = json.loads(newest.read_text().rsplit("\n", 2)[0])
-        return tuple(dict(event) for event in document["privacy_history"])
+        history = tuple(dict(event) for event in document["privacy_history"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{newest}: expected a checkpoint of a run, got another file.") from None
+    for event in history:
+        from_json({key: value for key, value in event.items() if key != _CLAIMED}, str(newest))
+    return history

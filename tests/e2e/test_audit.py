@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import stat
 from datetime import UTC, datetime
@@ -168,6 +169,31 @@ def test_a_claim_below_the_truth_is_refuted(private: Path, tmp_path: Path, capsy
     assert here(capsys, *words, "fail_on=violated").code == 4
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        ("summary.json", '"epsilon": [0-9.]+', '"epsilon": NaN', "no number"),
+        ("summary.json", '"epsilon": [0-9.]+', '"epsilon": "8"', "no number"),
+        ("summary.json", '"epsilon": [0-9.]+', '"epsilon": -1', "no number"),
+        ("summary.json", '"delta": [0-9.e-]+', '"delta": 1', "delta"),
+        ("summary.json", '"per_client": {[^{}]*}', '"per_client": []', "per_client"),
+        ("rounds.jsonl", '"clients": ?\\["0"', '"clients": ["../../0"', "names of clients"),
+        ("rounds.jsonl", '"round": ?1', '"number": 1', "without its number"),
+        ("checkpoints/round-*2/state.json", '"sample_rate": ?[0-9.]+', '"sample_rate": 0', "event"),
+    ],
+)
+def test_a_run_that_says_what_no_run_says(
+    file: str, old: str, new: str, says: str, private: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A claim that is no number would be refuted by nothing; a client's name becomes a path."""
+    run = shutil.copytree(private, tmp_path / "run", ignore=shutil.ignore_patterns("audit"))
+    path = next(run.glob(file))
+    changed, times = re.subn(old, new, path.read_text())
+    assert times
+    path.write_text(changed)
+    assert says in failed(here(capsys, "audit", str(run), *SMALL, "parts=mechanism"))
+
+
 def test_an_adapter_that_was_exchanged_is_not_explained_by_the_replay(
     private: Path, leaking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,6 +217,7 @@ def test_an_audit_that_broke_off_goes_on(
     monkeypatch.setattr(novelty, "explore", broken)
     failed(here(capsys, *words), 1)
     assert not (tmp_path / "audit" / "audit.json").exists()
+    assert stat.S_IMODE((tmp_path / "audit" / "parts").stat().st_mode) == 0o700
     monkeypatch.setattr(novelty, "explore", explore)
     again = here(capsys, *words)
     assert again.code == 0, again
