@@ -184,8 +184,8 @@ def _mechanism(work: Work, progress: Progress) -> tuple[Json | None, str]:
         units = float(config.train.batch_size * config.train.accumulation)
         checks += [mechanism.noise(seen, by_client, units), mechanism.independence(seen, by_client, units)]
         client, private = next(iter(found.private.items()))
-        told = [float(event["sample_rate"]) for event in by_client.get(client, ())]
-        checks += _probed(found, client, private, told)
+        rates = [float(event["sample_rate"]) for event in by_client.get(client, ())]
+        checks += _probed(found, client, private, rates)
     held = sum(check.holds is True for check in checks)
     document_of = document.mechanism(found, history, again)
     return {
@@ -194,15 +194,15 @@ def _mechanism(work: Work, progress: Progress) -> tuple[Json | None, str]:
     }, f"{held} of {len(checks)} checks hold"
 
 
-def _probed(found: Scene, client: str, private: Private, told: Sequence[float]) -> list[Check]:
+def _probed(found: Scene, client: str, private: Private, rates: Sequence[float]) -> list[Check]:
     """What a client's own training code does, tried out here."""
     config, base = found.config, found.prepared.bases[client]
     odd = [example for some in found.canaries for example in some.examples[:3]]
     rows: Sequence[Example] = [*odd, *found.prepared.train[client]]
     task = Task(client, 1, config.rounds, config.seed, config.train)
-    probes = {
+    probes: dict[str, Callable[[], Check]] = {
         "sensitivity": lambda: mechanism.sensitivity(base, found.run.adapter, rows, private, task),
-        "sampling": lambda: mechanism.sampling(base, found.run.adapter, private, task, told),
+        "sampling": lambda: mechanism.sampling(base, found.run.adapter, private, task, rates),
     }
     checks = []
     for name, probe in probes.items():

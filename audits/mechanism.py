@@ -212,7 +212,7 @@ def sampling(base: Base, adapter: Adapter, private: Private, task: Task, told: S
     distinct = {one.tokens.tobytes(): one for one in rows}.values()
     examples = [replace(one, row=number, user=str(number)) for number, one in enumerate(distinct)]
     mechanism = replace(private.mechanism, steps=steps, sample_rate=rate)
-    probe = Private(mechanism, private.nominal, lambda *of: private.stream(*of) if of[0] == "sampling" else _Silent())  # type: ignore[arg-type,return-value]
+    probe = Private(mechanism, private.nominal, lambda *of: private.stream(*of) if of[0] == "sampling" else _Silent())  # type: ignore[arg-type]
     still = replace(task.config, local_steps=steps, batch_size=len(examples), micro_batch=None, learning_rate=1e-9)
     drawn = _drawn(base, examples, adapter, probe, replace(task, config=still))
     share, number = float(drawn.mean()), len(examples)
