@@ -71,7 +71,6 @@ def audit(
         LaminaError: See the tree in `protos.errors`; finished parts are kept.
     """
     started, (telling, watcher) = time.monotonic(), shown
-    folder.mkdir(parents=True, exist_ok=True)
     if config is not None:
         telling.begin("campaign", f"a run of {config.clients.count} clients with {settings.canaries} canaries")
         found = scene.campaign(settings, config, folder, watcher)

@@ -222,7 +222,7 @@ def cost(
         if budget is not None and accounting.understated(budget, cache[key]):
             wrong.append(f"{who}: {budget:g} was promised")
     known = list(claimed.values())
-    expected = f"reported {max(known):.4g}" if known else "a reported epsilon"
+    expected = f"reported {max(known):.4g}" if known else "no client's epsilon is reported"
     return (
         Check(
             "accounting",

@@ -256,6 +256,11 @@ def of_run(settings: Settings, overrides: list[str], folder: Path, watcher: Watc
     run = reading.read(settings.run_dir, overrides)
     if run.deployed:
         return _of_deployment(settings, run, watcher.say)
+    if settings.client:
+        raise ConfigError(
+            f"client={settings.client}: {run.path} is a simulation's run, which is audited with the rows of all its clients. "
+            "Leave client= out."
+        )
     # All held-out rows, not only so many as the run measured on.
     everything = replace(run.config, evaluate=replace(run.config.evaluate, max_examples=None))
     prepared = prepare(everything, watcher.say)

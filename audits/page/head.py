@@ -30,14 +30,14 @@ _VERDICTS = {
     ),
     "under-powered": (
         "unsure",
-        "The audit was too small to test the claim",
-        "Nothing found speaks against the claim of {}, but an audit of this size could not have refuted it even if every "
-        "one of its guesses had been right.",
+        "The attacks were too small to test the claim",
+        "Nothing found speaks against the claim of {}, but the attacks of an audit of this size could not have refuted it even "
+        "if every one of its guesses had been right. Checks of the mechanism, where there are any below, could have.",
     ),
     "no-claim": (
         "plain",
         "No privacy was claimed",
-        "The run promises no ε, so there is nothing to refute. The page shows what each party could learn from it.",
+        "The run promises no ε. The page shows what each party could learn from it.",
     ),
 }
 _UNKNOWN = ("unsure", "No verdict was recorded", "The audit did not come to an end, or was written by another version.")
@@ -102,7 +102,12 @@ def _figures(document: Document) -> str:
         fdp = number(document, "one_run.epsilon_lower_fdp")
         gaussian = f"; {epsilon(fdp)} if the noise is Gaussian" if fdp is not None else ""
         rows.append(("ε proved from below", epsilon(lower), f"it could have been {epsilon(ceiling)} at most{gaussian}"))
-    seen = [(number(one, "recall"), number(one, "chance"), name) for name, one in entries(document, "reconstruction")]
+    # A prepared base is tried on invented notes: it says what could be done, and nothing of this run's text.
+    seen = [
+        (number(one, "recall"), number(one, "chance"), name)
+        for name, one in entries(document, "reconstruction")
+        if name != "malicious-coordinator"
+    ]
     found = [(recall, chance, name) for recall, chance, name in seen if recall is not None]
     if found:
         recall, chance, name = max(found, key=lambda one: one[0] - (one[1] or 0.0))

@@ -243,6 +243,9 @@ def test_signed_by_an_auditor_and_checked(leaking: Path, tmp_path: Path, capsys:
         (("fail_on=leaks",), "violated"),
         (("significance=2",), "significance"),
         (("shadows=3",), "even"),
+        (("rows=-1",), "0 for all"),
+        (("examples=0",), "at least 8"),
+        (("client=north",), "run directory"),
         (("canarys=10",), "canaries"),
         (("--quickly",), "--quick"),
         (("outputs/none-there",), "finished run"),
@@ -265,6 +268,9 @@ def test_a_run_is_audited_as_it_is(
     other.write_text(notes.read_text().replace("xyzzy", "plugh"))
     assert "the data of the run" in failed(here(capsys, "audit", str(leaking), f"data={other}"))
     assert str(leaking) in failed(here(capsys, "audit", str(leaking.parent)))
+    assert "Leave client= out" in failed(here(capsys, "audit", str(leaking), "client=0"))
+    failed(here(capsys, "audit", f"{tmp_path}/mistyped"))
+    assert not (tmp_path / "mistyped").exists()
     half = shutil.copytree(leaking, tmp_path / "half")
     (half / "summary.json").unlink()
     assert f"resume={half}" in failed(here(capsys, "audit", str(half)))
