@@ -146,7 +146,8 @@ def _kept(work: Work, name: str) -> Json | None:
 
 def _fingerprint(work: Work) -> str:
     how = replace(work.settings, run_dir=None, output=None, fail_on="", identity="", parts=(), show_text=True)
-    text = json.dumps([str(how), work.scene.run.hashes(), __version__, work.scene.origin], sort_keys=True)
+    rows = work.scene.prepared.corpus["hash"]
+    text = json.dumps([str(how), work.scene.run.hashes(), __version__, work.scene.origin, rows], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -239,7 +240,7 @@ def _extraction(work: Work, progress: Progress) -> tuple[Json | None, str]:
     how = extraction.Prompting(prompts, half, half, seed=config.seed)
     result = extraction.extract(found.prepared.base, found.run.adapter, members, others, how, progress)
     if result is None:
-        return None, "no text is long enough to be continued, or this is a classifier"
+        return None, "a classifier continues nothing" if config.task != "causal-lm" else "no text is long enough"
     return extraction.json_of(result), f"verbatim {result.verbatim:.3f}, by the base {result.verbatim_base:.3f}"
 
 

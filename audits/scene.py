@@ -324,6 +324,11 @@ def _of_deployment(settings: Settings, run: Finished, say: Say) -> Scene:
             f"model=, got client={client or 'nothing'}. What the others' rows are nobody here knows."
         )
     config, schema = run.config, run.spec
+    if config.data.source == "stdlib":
+        raise ConfigError(
+            f"{run.path} is a deployment's, which has no data: expected data=FILE, the rows that {client} trained on, got none. "
+            "Give them, and model= for the base, as the site's own settings have them."
+        )
     say(f"loading {config.model.source}")
     base = load_base(
         BaseOptions(
@@ -340,10 +345,30 @@ def _of_deployment(settings: Settings, run: Finished, say: Say) -> Scene:
     check_length(base, config.train.max_length)
     say(f"reading {config.data.source}")
     own = own_examples(config, schema.labels, base.tokenizer)
-    corpus = {"source": config.data.source, "hash": "", "rows": len(own.train)}
+    _check_rows(run, client, own.held_out)
+    corpus = {"source": config.data.source, "hash": _hashed([*own.train, *own.held_out]), "rows": len(own.train)}
     prepared = Prepared(
         base, {client: base}, {client: client}, {client: own.train}, {client: own.held_out}, schema.labels, corpus
     )
     _check_same(replace(run, summary={**run.summary, "corpus": None}), prepared)
     base.spec = schema
     return Scene(run, prepared, origin="deployment", own_client=client)
+
+
+def _check_rows(run: Finished, client: str, held_out: Sequence[Example]) -> None:
+    """What a site's rows hold out must be of the size that the site measured on: rows of others would seem to leak nothing."""
+    told = ((run.summary.get("eval") or {}).get("per_client") or {}).get(client) or {}
+    wanted, got = told.get("tokens"), sum(1 if one.label >= 0 else int(one.targets.sum()) for one in held_out)
+    if wanted is not None and wanted != got:
+        raise ConfigError(
+            f"{run.path}: expected the rows that {client} had, whose held-out part is {wanted:,} targets, "
+            f"data.source={run.config.data.source} holds out {got:,}. Give that site's rows with data=, and the data.* settings "
+            "that it had."
+        )
+
+
+def _hashed(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for one in examples:
+        digest.update(f"{len(one.tokens)} {one.label} ".encode() + one.tokens.tobytes())
+    return digest.hexdigest()

@@ -205,8 +205,15 @@ def exposure(document: Document) -> str:
         "among others that could have been. Exposure is how many bits of the search an attacker is spared: at the ceiling the "
         "planted one comes first and can be read out of the model. Dot: mean; ring: largest; strokes: chance and ceiling.",
         table(
-            [("t", "kind"), ("n", "mean"), ("n", "largest"), ("s", ticks)]
-            + [("n", "chance"), ("n", "ceiling"), ("n", "extracted")],
+            [
+                ("t", "kind"),
+                ("n", "mean"),
+                ("n", "largest"),
+                ("s", ticks),
+                ("n", "chance"),
+                ("n", "ceiling"),
+                ("n", "extracted"),
+            ],
             rows,
         ),
     )
