@@ -77,6 +77,7 @@ def audit(
     else:
         telling.begin("run", f"{settings.run_dir} with its base and data")
         found = scene.of_run(settings, overrides, folder, watcher)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # finished parts hold text of the data
     work = Work(found, settings, folder, telling)
     results = {name: _kept(work, name) for name in PARTS if name in settings.parts}
     checks = [Check(**one) for one in (results.get("mechanism") or {}).get("checks", [])]

@@ -183,6 +183,9 @@ def _simulated(
         raise ConfigError(f"{path}: expected no campaign of other settings there. Give another output, or remove it.")
     notes = path.with_suffix(".seen.npz")
     if not (path / "summary.json").is_file():
+        path.parent.mkdir(
+            mode=0o700, parents=True, exist_ok=True
+        )  # text can be read back from the updates that it keeps
         going_on = before is not None and any(path.glob("checkpoints/round-*"))
         write_atomic(mark, json.dumps({"fingerprint": fingerprint}))
         looking = Witness(watcher, list(_read_notes(notes)) if going_on else [])

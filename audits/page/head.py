@@ -99,9 +99,9 @@ def _figures(document: Document) -> str:
         )
     lower, ceiling = number(document, "one_run.epsilon_lower"), number(document, "one_run.ceiling")
     if lower is not None:
-        fdp = number(document, "one_run.epsilon_lower_fdp")
-        gaussian = f"; {epsilon(fdp)} if the noise is Gaussian" if fdp is not None else ""
-        rows.append(("ε proved from below", epsilon(lower), f"it could have been {epsilon(ceiling)} at most{gaussian}"))
+        fdp, most = number(document, "one_run.epsilon_lower_fdp"), number(document, "one_run.ceiling_fdp")
+        gaussian = f"; if the noise is Gaussian {epsilon(fdp)} of at most {epsilon(most)}" if fdp is not None else ""
+        rows.append(("ε proved from below", epsilon(lower), f"of at most {epsilon(ceiling)}{gaussian}"))
     # A prepared base is tried on invented notes: it says what could be done, and nothing of this run's text.
     seen = [
         (number(one, "recall"), number(one, "chance"), name)
