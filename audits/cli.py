@@ -79,6 +79,8 @@ def main(command: str, words: Sequence[str]) -> int:
     config, overrides = _asked(settings, words)
     folder = settings.output or _folder(settings)
     telling = Telling(console, 1 + len(settings.parts))
+    if config is not None and settings.output is None:
+        telling.say(f"folder: {folder}; broken off, the audit goes on with output={folder}")
     watcher = Terminal(console, "campaign" if config else "replay")
     try:
         document = audits.audit(settings, config, overrides, folder, (telling, watcher))

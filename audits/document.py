@@ -28,7 +28,7 @@ def settings(given: Settings) -> Json:
     Returns:
         JSON values, without paths.
     """
-    names = ("parts", "canaries", "rows", "guesses", "examples", "shadows", "significance", "client")
+    names = ("parts", "canaries", "rows", "guesses", "examples", "shadows", "significance", "client", "show_text")
     return {name: list(value) if isinstance(value := getattr(given, name), tuple) else value for name in names}
 
 

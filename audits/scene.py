@@ -179,7 +179,7 @@ def _simulated(
     """A run under the eyes of a witness; a finished one of the same settings is taken as it is, a broken-off one goes on."""
     mark, fingerprint = path.with_suffix(".json"), _fingerprint(config, settings)
     before = json.loads(mark.read_text()).get("fingerprint") if mark.is_file() else None
-    if before not in (None, fingerprint):
+    if before not in (None, fingerprint) and path.exists():  # settings that were refused left nothing but the mark
         raise ConfigError(f"{path}: expected no campaign of other settings there. Give another output, or remove it.")
     notes = path.with_suffix(".seen.npz")
     if not (path / "summary.json").is_file():

@@ -44,6 +44,7 @@ _UNKNOWN = ("unsure", "No verdict was recorded", "The audit did not come to an e
 _BANNER = (
     "This page shows text of the audited data, and text recovered from it. Keep it as carefully as the data itself."
 )
+_NO_BANNER = "Text of the audited data was left out of this page, as show_text=false asks."
 _REASONS, _CLIENTS = 20, 30  # shown
 
 
@@ -52,11 +53,12 @@ def of(document: Document) -> str:
     mark, title, sentence = _VERDICTS.get(plain(document.get("verdict")), _UNKNOWN)
     reasons = [f"<li>{inline(one, 600)}</li>" for one in listed(document, "reasons")[:_REASONS]]
     quick = " A quick audit: its samples are small." if document.get("quick") is True else ""
+    banner = _NO_BANNER if at(document, "settings.show_text") is False else _BANNER
     return (
         f'<header><div class="muted">Lamina privacy audit</div><h1>{title}</h1><div class="muted">{_subject(document)}</div>'
         f'<div class="verdict {mark}"><p class="lede">{sentence.format(_amount(document))}{quick}</p>'
         f"{'<ul>' + ''.join(reasons) + '</ul>' if reasons else ''}</div>"
-        f'<p class="banner" role="note">{_BANNER}</p></header>{_figures(document)}{_claim(document)}'
+        f'<p class="banner" role="note">{banner}</p></header>{_figures(document)}{_claim(document)}'
     )
 
 

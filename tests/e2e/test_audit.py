@@ -85,6 +85,7 @@ def test_without_privacy_every_canary_is_found(tmp_path: Path) -> None:
     assert found["reconstruction"]["coordinator"]["recall"] > 3 * found["reconstruction"]["coordinator"]["chance"]
     for name in ("audit.json", "audit.html"):
         assert stat.S_IMODE((output / name).stat().st_mode) == 0o600
+    assert stat.S_IMODE(output.stat().st_mode) == 0o700  # it has the campaign's updates
     assert "No privacy was claimed" in (output / "audit.html").read_text()
     assert not (output / "parts").exists()
 
@@ -205,6 +206,8 @@ def test_other_settings_do_not_take_up_a_campaign(
     words = campaign(llama, notes, tmp_path / "audit", "parts=canaries")
     assert here(capsys, *words).code == 0
     assert "Give another output" in failed(here(capsys, *words, "rounds=3"))
+    shutil.rmtree(tmp_path / "audit" / "campaign")  # as settings leave it that are refused before anything is trained
+    assert here(capsys, *words, "rounds=3").code == 0
 
 
 def test_a_report_without_text(leaking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

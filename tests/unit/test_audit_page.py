@@ -170,6 +170,13 @@ def test_each_kind_of_canary_has_a_ceiling_of_its_own() -> None:
     assert re.search(r"new-token among 1,024 10\.0 10\.0 .*? 1\.4 10\.0 20 of 20", text)
 
 
+def test_a_page_without_text_does_not_say_that_it_has_any() -> None:
+    document = leaking()
+    document["settings"] = {**(document.get("settings") or {}), "show_text": False}
+    assert "left out of this page" in text_of(document)
+    assert "Keep it as carefully" not in text_of(document)
+
+
 def test_invented_notes_are_not_the_runs_headline() -> None:
     text = text_of(leaking())
     assert "Training tokens recovered 98 % by the coordinator; chance 11.5 %" in text

@@ -27,7 +27,7 @@ def run(figures: Any) -> Any:
 def test_rows_of_another_size_than_the_site_measured_on_are_refused() -> None:
     told = run({"per_client": {"north": {"tokens": 11}}})
     _check_rows(told, "north", [example(5), example(8)])
-    with pytest.raises(ConfigError, match="11 targets, data.source=notes.jsonl holds out 12"):
+    with pytest.raises(ConfigError, match=r"11 targets, data\.source=notes\.jsonl holds out 12"):
         _check_rows(told, "north", [example(5), example(9)])
 
 
