@@ -73,13 +73,13 @@ def audit(
         LaminaError: See the tree in `protos.errors`; finished parts are kept.
     """
     started, (telling, watcher) = time.monotonic(), shown
-    folder.mkdir(parents=True, exist_ok=True)
     if config is not None:
         telling.begin("campaign", f"a run of {config.clients.count} clients with {settings.canaries} canaries")
         found = scene.campaign(settings, config, folder, watcher)
     else:
         telling.begin("run", f"{settings.run_dir} with its base and data")
         found = scene.of_run(settings, overrides, folder, watcher)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # finished parts hold text of the data
     work = Work(found, settings, folder, telling)
     results = {name: _kept(work, name) for name in PARTS if name in settings.parts}
     checks = [Check(**one) for one in (results.get("mechanism") or {}).get("checks", [])]
@@ -260,7 +260,7 @@ def _extraction(work: Work, progress: Progress) -> tuple[Json | None, str]:
     how = extraction.Prompting(prompts, half, half, seed=config.seed)
     result = extraction.extract(found.prepared.base, found.run.adapter, members, others, how, progress)
     if result is None:
-        return None, "no text is long enough to be continued, or this is a classifier"
+        return None, "a classifier continues nothing" if config.task != "causal-lm" else "no text is long enough"
     return extraction.json_of(result), f"verbatim {result.verbatim:.3f}, by the base {result.verbatim_base:.3f}"
 
 

@@ -81,6 +81,8 @@ def main(command: str, words: Sequence[str]) -> int:
     if settings.identity:
         _check_nothing_to_take_up(settings.run_dir, folder)
     telling = Telling(console, 1 + len(settings.parts))
+    if config is not None and settings.output is None:
+        telling.say(f"folder: {folder}; broken off, the audit goes on with output={folder}")
     watcher = Terminal(console, "campaign" if config else "replay")
     try:
         document = audits.audit(settings, config, overrides, folder, (telling, watcher))

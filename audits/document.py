@@ -28,7 +28,7 @@ def settings(given: Settings) -> Json:
     Returns:
         JSON values, without paths.
     """
-    names = ("parts", "canaries", "rows", "guesses", "examples", "shadows", "significance", "client")
+    names = ("parts", "canaries", "rows", "guesses", "examples", "shadows", "significance", "client", "show_text")
     return {name: list(value) if isinstance(value := getattr(given, name), tuple) else value for name in names}
 
 
@@ -162,7 +162,9 @@ def limits(scene: Scene, given: Settings, membership: Mapping[str, Any] | None) 
         )
     if scene.origin == "deployment":
         found.append(
-            f"Rows are those of {scene.own_client}, read now from its data; what the other sites' rows are is not known here."
+            f"Rows are taken for those that {scene.own_client} trained on, as they were given now: the run directory shows how "
+            "large their held-out part was, where the site measured on it, and no more. What the other sites' rows are is not "
+            "known here."
         )
     if scene.config.privacy.mode != "none" and scene.origin in ("campaign", "replayed"):
         found.append(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from lamina.audits import views
 from lamina.audits.reconstruction import attack
 from lamina.audits.reconstruction.attack import Result
 from lamina.audits.scene import Scene
@@ -21,7 +22,8 @@ def rebuilt(found: Scene, settings: Settings, progress: Callable[[int, int], Non
         progress: Told how much is done.
 
     Returns:
-        `reconstruction` of audit.json; empty where no updates can be looked at.
+        `reconstruction` of audit.json; empty where no updates can be looked at. In a deployment it is of the one site whose
+        rows are here.
     """
     if found.origin == "not kept" or not found.run.kept:
         return {}
@@ -29,8 +31,11 @@ def rebuilt(found: Scene, settings: Settings, progress: Callable[[int, int], Non
     if how.scenario is not None:
         noise, clip = _noise(found)
         how = replace(how, scenario=replace(how.scenario, noise_multiplier=noise, max_grad_norm=clip))
-    base, examples = found.prepared.base, found.prepared.train
-    result = attack.reconstruct(found.run.path, found.config, base, examples, how, progress)
+    base, examples, own = found.prepared.base, found.prepared.train, found.own_client
+    if own and found.config.privacy.mode == "example-dp":
+        why = "which rows a site's steps drew is that site's secret and kept nowhere, so it is not known what would be right"
+        return attack.document({view: attack.Result(False, why) for view in (*views.PARTIES, attack.MALICIOUS)})
+    result = attack.reconstruct(found.run.path, found.config, base, examples, how, progress, own)
     return attack.document(_without_noised(result) if found.config.privacy.mode == "client-dp" else result)
 
 

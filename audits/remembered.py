@@ -54,7 +54,7 @@ def of_canaries(scene: Scene, settings: Settings) -> dict[str, Any]:
         for name, (scores, needs) in without_shadows(public, tuned, classes).items():
             key = name if view == _views(scene)[0] else f"{name}, {view}"
             found = roc.roc(scores[rare.included], scores[~rare.included], scene.config.seed)
-            attacks[key] = roc.json_of(found, f"{needs}; {_WHOSE[view]}")
+            attacks[key] = roc.json_of(found, f"{needs}; the adapter is {_WHOSE[view]}")
     scores = public.loss - views[_views(scene)[0]].loss
     bound = one_run.one_run(rare.included, scores, _delta(scene), settings.significance, settings.guesses)
     return {
@@ -66,7 +66,7 @@ def of_canaries(scene: Scene, settings: Settings) -> dict[str, Any]:
 
 _WHOSE = {
     "own update": "each client's last update, which a coordinator sees",
-    "final adapter": "the final adapter, which everyone sees",
+    "final adapter": "the final one, which everyone sees",
 }
 
 
@@ -257,7 +257,7 @@ def beyond_claim(claim: Mapping[str, Any], membership: Mapping[str, Any]) -> Che
     return Check(
         "memory",
         auc <= most + slack,
-        f"an AUC of at most {most:.3f}, all that the claim's Gaussian curve allows, and {slack:.3f} for chance",
+        f"an AUC of at most {most:.3f}, all that the claim's Gaussian curve allows, and {slack:.3f} for the luck of the sample",
         f"{auc:.3f} over {membership['members']} {membership['of']} in and {membership['others']} out",
         "Whoever tells members from others better than the claim allows has seen more than was claimed.",
     )

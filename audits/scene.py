@@ -180,12 +180,15 @@ def _simulated(
     """A run under the eyes of a witness; a finished one of the same settings is taken as it is, a broken-off one goes on."""
     mark, fingerprint = path.with_suffix(".json"), _fingerprint(config, settings, prepared)
     before = json.loads(mark.read_text()).get("fingerprint") if mark.is_file() else None
-    if before not in (None, fingerprint):
+    if before not in (None, fingerprint) and path.exists():  # settings that were refused left nothing but the mark
         raise ConfigError(
             f"{path}: expected no campaign of other settings, data or version there. Give another output, or remove it."
         )
     notes = path.with_suffix(".seen.npz")
     if not (path / "summary.json").is_file():
+        path.parent.mkdir(
+            mode=0o700, parents=True, exist_ok=True
+        )  # text can be read back from the updates that it keeps
         going_on = before is not None and any(path.glob("checkpoints/round-*"))
         write_atomic(mark, json.dumps({"fingerprint": fingerprint}))
         looking = Witness(watcher, list(_read_notes(notes)) if going_on else [])
@@ -268,6 +271,11 @@ def of_run(settings: Settings, overrides: list[str], folder: Path, watcher: Watc
     run = reading.read(settings.run_dir, overrides)
     if run.deployed:
         return _of_deployment(settings, run, watcher.say)
+    if settings.client:
+        raise ConfigError(
+            f"client={settings.client}: {run.path} is a simulation's run, which is audited with the rows of all its clients. "
+            "Leave client= out."
+        )
     # All held-out rows, not only so many as the run measured on.
     everything = replace(run.config, evaluate=replace(run.config.evaluate, max_examples=None))
     prepared = prepare(everything, watcher.say)
@@ -333,6 +341,11 @@ def _of_deployment(settings: Settings, run: Finished, say: Say) -> Scene:
             f"model=, got client={client or 'nothing'}. What the others' rows are nobody here knows."
         )
     config, schema = run.config, run.spec
+    if config.data.source == "stdlib":
+        raise ConfigError(
+            f"{run.path} is a deployment's, which has no data: expected data=FILE, the rows that {client} trained on, got none. "
+            "Give them, and model= for the base, as the site's own settings have them."
+        )
     say(f"loading {config.model.source}")
     base = load_base(
         BaseOptions(
@@ -349,10 +362,30 @@ def _of_deployment(settings: Settings, run: Finished, say: Say) -> Scene:
     check_length(base, config.train.max_length)
     say(f"reading {config.data.source}")
     own = own_examples(config, schema.labels, base.tokenizer)
-    corpus = {"source": config.data.source, "hash": "", "rows": len(own.train)}
+    _check_rows(run, client, own.held_out)
+    corpus = {"source": config.data.source, "hash": _hashed([*own.train, *own.held_out]), "rows": len(own.train)}
     prepared = Prepared(
         base, {client: base}, {client: client}, {client: own.train}, {client: own.held_out}, schema.labels, corpus
     )
     _check_same(replace(run, summary={**run.summary, "corpus": None}), prepared)
     base.spec = schema
     return Scene(run, prepared, origin="deployment", own_client=client)
+
+
+def _check_rows(run: Finished, client: str, held_out: Sequence[Example]) -> None:
+    """What a site's rows hold out must be of the size that the site measured on: rows of others would seem to leak nothing."""
+    told = ((run.summary.get("eval") or {}).get("per_client") or {}).get(client) or {}
+    wanted, got = told.get("tokens"), sum(1 if one.label >= 0 else int(one.targets.sum()) for one in held_out)
+    if wanted is not None and wanted != got:
+        raise ConfigError(
+            f"{run.path}: expected the rows that {client} had, whose held-out part is {wanted:,} targets, "
+            f"data.source={run.config.data.source} holds out {got:,}. Give that site's rows with data=, and the data.* settings "
+            "that it had."
+        )
+
+
+def _hashed(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for one in examples:
+        digest.update(f"{len(one.tokens)} {one.label} ".encode() + one.tokens.tobytes())
+    return digest.hexdigest()

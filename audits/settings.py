@@ -121,7 +121,7 @@ def _value(key: str, text: str) -> Any:
         return {"int": int, "float": float, "str": str}[kind](text)
     except (KeyError, ValueError):
         expected = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
-        raise ConfigError(f"{key}={text}: expected {expected}. {HELP[key]}.") from None
+        raise ConfigError(f"{key}={text}: expected {expected}: {HELP[key]}.") from None
 
 
 def _check(settings: Settings) -> None:
@@ -136,6 +136,15 @@ def _check(settings: Settings) -> None:
         raise ConfigError(f"significance={settings.significance:g}: expected a number in (0, 0.5), such as 0.05.")
     if settings.canaries < 8:
         raise ConfigError(f"canaries={settings.canaries}: expected at least 8; with fewer nothing can be told.")
+    if settings.client and settings.run_dir is None:
+        raise ConfigError(
+            f"client={settings.client}: expected a deployment's run directory beside it, got none. `lamina audit --help` has "
+            "an example."
+        )
+    if settings.rows < 0:
+        raise ConfigError(f"rows={settings.rows}: expected a number of rows a client, or 0 for all of them.")
+    if settings.examples < 8:
+        raise ConfigError(f"examples={settings.examples}: expected at least 8; with fewer nothing can be told.")
     if not 2 <= settings.guesses <= settings.canaries:
         raise ConfigError(
             f"guesses={settings.guesses}: expected from 2 to {settings.canaries}, the canaries; a guess is of one canary."

@@ -24,7 +24,7 @@ from lamina.protos.errors import DataError
 Floats = NDArray[np.float64]
 # The one whose figures stand for all, fixed before any result is seen.
 PRIMARY = "calibrated"
-_BLACK, _GREY = "losses of the released adapter", "log-probabilities of the released adapter"
+_BLACK, _GREY = "losses of the adapter", "log-probabilities of the adapter"
 _BASE, _SHADOWS = "the public base", "shadow adapters on rows of the same kind"
 
 
@@ -138,7 +138,7 @@ def without_shadows(public: Statistics, tuned: Statistics, classes: bool) -> dic
         "calibrated": (public.loss - tuned.loss, f"{_BLACK}, {_BASE}"),
     }
     if classes:
-        return {**found, "margin": (tuned.margin, "logits of the released adapter")}
+        return {**found, "margin": (tuned.margin, "logits of the adapter")}
     return {
         **found,
         "min-k++": (tuned.min_k, _GREY),

@@ -15,14 +15,10 @@ def limits(document: Document, missing: Sequence[str]) -> str:
     """What the audit cannot say, in its own words, and the parts that it left out."""
     said = [f"<li>{inline(one, 800)}</li>" for one in listed(document, "limits")[:50]]
     absent = f"<p>Not measured in this audit: {'; '.join(missing)}.</p>" if missing else ""
-    always = (
-        "<li>An audit shows what its attacks found. That it found little does not mean that there is little to find; only a "
-        "sound mechanism with a ledger promises that.</li>"
-    )
     return section(
         "What this audit cannot say",
         "Read the figures above with these in mind.",
-        f"{absent}<ul>{always}{''.join(said)}</ul>",
+        f"{absent}<ul>{''.join(said)}</ul>",
     )
 
 

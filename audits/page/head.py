@@ -30,20 +30,21 @@ _VERDICTS = {
     ),
     "under-powered": (
         "unsure",
-        "The audit was too small to test the claim",
-        "Nothing found speaks against the claim of {}, but an audit of this size could not have refuted it even if every "
-        "one of its guesses had been right.",
+        "The attacks were too small to test the claim",
+        "Nothing found speaks against the claim of {}, but the attacks of an audit of this size could not have refuted it even "
+        "if every one of its guesses had been right. Checks of the mechanism, where there are any below, could have.",
     ),
     "no-claim": (
         "plain",
         "No privacy was claimed",
-        "The run promises no ε, so there is nothing to refute. The page shows what each party could learn from it.",
+        "The run promises no ε. The page shows what each party could learn from it.",
     ),
 }
 _UNKNOWN = ("unsure", "No verdict was recorded", "The audit did not come to an end, or was written by another version.")
 _BANNER = (
     "This page shows text of the audited data, and text recovered from it. Keep it as carefully as the data itself."
 )
+_NO_BANNER = "Text of the audited data was left out of this page, as show_text=false asks."
 _REASONS, _CLIENTS = 20, 30  # shown
 
 
@@ -52,11 +53,12 @@ def of(document: Document) -> str:
     mark, title, sentence = _VERDICTS.get(plain(document.get("verdict")), _UNKNOWN)
     reasons = [f"<li>{inline(one, 600)}</li>" for one in listed(document, "reasons")[:_REASONS]]
     quick = " A quick audit: its samples are small." if document.get("quick") is True else ""
+    banner = _NO_BANNER if at(document, "settings.show_text") is False else _BANNER
     return (
         f'<header><div class="muted">Lamina privacy audit</div><h1>{title}</h1><div class="muted">{_subject(document)}</div>'
         f'<div class="verdict {mark}"><p class="lede">{sentence.format(_amount(document))}{quick}</p>'
         f"{'<ul>' + ''.join(reasons) + '</ul>' if reasons else ''}</div>"
-        f'<p class="banner" role="note">{_BANNER}</p></header>{_figures(document)}{_claim(document)}'
+        f'<p class="banner" role="note">{banner}</p></header>{_figures(document)}{_claim(document)}'
     )
 
 
@@ -99,10 +101,15 @@ def _figures(document: Document) -> str:
         )
     lower, ceiling = number(document, "one_run.epsilon_lower"), number(document, "one_run.ceiling")
     if lower is not None:
-        fdp = number(document, "one_run.epsilon_lower_fdp")
-        gaussian = f"; {epsilon(fdp)} if the noise is Gaussian" if fdp is not None else ""
-        rows.append(("ε proved from below", epsilon(lower), f"it could have been {epsilon(ceiling)} at most{gaussian}"))
-    seen = [(number(one, "recall"), number(one, "chance"), name) for name, one in entries(document, "reconstruction")]
+        fdp, most = number(document, "one_run.epsilon_lower_fdp"), number(document, "one_run.ceiling_fdp")
+        gaussian = f"; if the noise is Gaussian {epsilon(fdp)} of at most {epsilon(most)}" if fdp is not None else ""
+        rows.append(("ε proved from below", epsilon(lower), f"of at most {epsilon(ceiling)}{gaussian}"))
+    # A prepared base is tried on invented notes: it says what could be done, and nothing of this run's text.
+    seen = [
+        (number(one, "recall"), number(one, "chance"), name)
+        for name, one in entries(document, "reconstruction")
+        if name != "malicious-coordinator"
+    ]
     found = [(recall, chance, name) for recall, chance, name in seen if recall is not None]
     if found:
         recall, chance, name = max(found, key=lambda one: one[0] - (one[1] or 0.0))

@@ -62,7 +62,7 @@ def _by_round(document: Document) -> str:
     if not known:
         return section("ε by round", "ε was not recorded by round.", tag="figure")
     references = [(f"budget {epsilon(budget)}", budget)] if budget is not None else []
-    if value is not None and value != budget:
+    if value is not None and (budget is None or not _same([value], [budget])):
         references.append((f"claim {epsilon(value)}", value))
     rounds = [float(number) for number in range(1, len(spent) + 1)]
     tips = [f"round {index}: ε {num(one)} spent so far" for index, one in enumerate(spent, start=1)]
@@ -87,7 +87,7 @@ def _by_round(document: Document) -> str:
 
 
 def _same(spent: Sequence[float | None], reported: Sequence[float | None]) -> bool:
-    """Whether the run reported what was computed anew, to the places that a page shows."""
+    """Whether two lists hold the same, to the places that a page shows: what was computed anew, and what was said."""
     both = [(a, b) for a, b in zip(spent, reported) if a is not None and b is not None]
     return len(spent) == len(reported) and all(abs(a - b) <= 0.005 * max(abs(a), abs(b)) for a, b in both)
 

@@ -187,21 +187,33 @@ def exposure(document: Document) -> str:
     kinds = [(name, one) for name, one in entries(document, "exposure.canaries") if isinstance(one, Mapping)][:_ATTACKS]
     if not kinds:
         return ""
-    most = [ceiling, *(number(one, "max") for _, one in kinds)]
+    most = [ceiling, *(number(one, key) for _, one in kinds for key in ("max", "ceiling"))]
     scale, ticks = scaled([], "exposure, bits", from_zero(most))
     rows = []
     for name, one in kinds:
         mean, largest, chance = (number(one, key) for key in ("mean", "max", "chance"))
-        tip = f"{plain(name)}: mean {num(mean, 1)} bits, chance {num(chance, 1)}, ceiling {num(ceiling, 1)}"
-        row = span_row((mean, largest), [(mean, "fill c0"), (largest, "open c0")], [chance, ceiling], scale, tip)
+        own = ceiling if (found := number(one, "ceiling")) is None else found
+        tip = f"{plain(name)}: mean {num(mean, 1)} bits, chance {num(chance, 1)}, ceiling {num(own, 1)}"
+        row = span_row((mean, largest), [(mean, "fill c0"), (largest, "open c0")], [chance, own], scale, tip)
         extracted = f"{num(number(one, 'extracted'), 0)} of {num(number(one, 'count'), 0)}"
-        rows.append([inline(name), f"{num(mean, 1)}", f"{num(largest, 1)}", row, num(chance, 1), extracted])
+        among = candidates if (many := number(one, "candidates")) is None else many
+        kind = f'{inline(name)}<div class="muted">among {num(among, 0)}</div>'
+        rows.append([kind, num(mean, 1), num(largest, 1), row, num(chance, 1), num(own, 1), extracted])
     return section(
         "Do planted sequences stand out?",
-        f"Random sequences were planted in the training data and ranked among {num(candidates, 0)} that could have been. "
-        f"Exposure is how many bits of the search an attacker is spared: at the ceiling of {num(ceiling, 1)} bits the "
+        "Random sequences, and sequences that end in a token new to the data, were planted in the training data and ranked "
+        "among others that could have been. Exposure is how many bits of the search an attacker is spared: at the ceiling the "
         "planted one comes first and can be read out of the model. Dot: mean; ring: largest; strokes: chance and ceiling.",
         table(
-            [("t", "kind"), ("n", "mean"), ("n", "largest"), ("s", ticks), ("n", "chance"), ("n", "extracted")], rows
+            [
+                ("t", "kind"),
+                ("n", "mean"),
+                ("n", "largest"),
+                ("s", ticks),
+                ("n", "chance"),
+                ("n", "ceiling"),
+                ("n", "extracted"),
+            ],
+            rows,
         ),
     )

@@ -112,7 +112,13 @@ class Result:
 
 
 def reconstruct(
-    run_dir: Path, config: Config, base: Base, examples: Examples, settings: Settings, progress: Progress
+    run_dir: Path,
+    config: Config,
+    base: Base,
+    examples: Examples,
+    settings: Settings,
+    progress: Progress,
+    only: str = "",
 ) -> dict[str, Result]:
     """Attack each party's view of a finished run.
 
@@ -123,6 +129,7 @@ def reconstruct(
         examples: Client id -> its training set, as the run had it; read to score what was found, never to find it.
         settings: How much is tried.
         progress: Told how much is done, of how much.
+        only: In a deployment, the one client whose examples are there; looks at anybody else are left out.
 
     Returns:
         View -> result, of `views.PARTIES` and `malicious-coordinator`.
@@ -135,7 +142,7 @@ def reconstruct(
         why = "no adapted module takes in a vector that depends on a token alone"
         return {party: Result(False, why) for party in (*views.PARTIES, MALICIOUS)}
     rounds = () if config.privacy.secagg else read_rounds(run_dir, inputs.modules)
-    found = _views(run_dir, rounds, config, inputs)
+    found = _views(run_dir, rounds, config, inputs, only)
     _check(found, examples)
     steps = len(found) + 1
     results = {}
@@ -148,18 +155,28 @@ def reconstruct(
     return results
 
 
-def _views(run_dir: Path, rounds: Sequence[KeptRound], config: Config, inputs: Inputs) -> dict[str, View]:
+def _views(run_dir: Path, rounds: Sequence[KeptRound], config: Config, inputs: Inputs, only: str) -> dict[str, View]:
     cohorts = _cohorts(run_dir)
     clients = sorted({client for cohort in cohorts.values() for client in cohort})
     masked = config.privacy.secagg
-    return {
-        "peer": views.peer(rounds, config, rounds[0].clients[0] if rounds else ""),
+    peers = [client for client in rounds[0].clients if client != only] if rounds else []
+    found = {
+        "peer": views.peer(rounds, config, peers[0] if peers else ""),
         "coordinator": views.coordinator(rounds, config),
         "secagg-coordinator": views.masked_sums(run_dir, config, cohorts, inputs.modules)
         if masked
         else views.secagg_coordinator(rounds, config),
         "outsider": views.outsider(run_dir, config, clients, sorted(cohorts), inputs.modules),
     }
+    return {party: _of_one(view, only) for party, view in found.items()} if only else found
+
+
+def _of_one(view: View, client: str) -> View:
+    """The looks at one client alone: of a sum with others, whose rows nobody here has, it is not known what is right."""
+    seen = tuple(one for one in view.seen if one.clients == (client,))
+    if view.seen and not seen:
+        return View((), f"what it sees of {client} is mixed with other sites' training, whose rows are not known here")
+    return View(seen, view.why)
 
 
 def _cohorts(run_dir: Path) -> dict[int, list[str]]:

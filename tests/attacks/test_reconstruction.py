@@ -292,6 +292,19 @@ def test_what_is_true_does_not_enter_the_scores(runs: Any, tmp_path: Path, monke
         reconstruct(tmp_path / "run", config, prepared.base, {}, QUICK, lambda *at: None)
 
 
+def test_a_site_alone_scores_the_looks_at_itself_as_the_whole_run_does(tmp_path: Path) -> None:
+    config, prepared = simulated(tmp_path / "run", "stack")
+    everyone = attacked(tmp_path / "run", config, prepared)
+    site, settings = "1", replace(QUICK, scenario=None)
+    own = {site: prepared.train[site]}
+    alone = reconstruct(tmp_path / "run", config, prepared.base, own, settings, lambda *at: None, site)
+    for party in ("peer", "coordinator"):
+        assert dict(alone[party].by_client) == {site: everyone[party].by_client[site]}
+        assert {text.client for text in alone[party].examples} == {site}
+    assert not alone["outsider"].applicable
+    assert "mixed with other sites' training" in alone["outsider"].why
+
+
 def test_under_example_dp_recall_is_at_chance(tmp_path: Path) -> None:
     config, prepared = simulated(tmp_path / "run", "stack", None, "privacy=example-dp", "privacy.noise_multiplier=1.0")
     results = attacked(tmp_path / "run", config, prepared)

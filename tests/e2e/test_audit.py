@@ -87,6 +87,7 @@ def test_without_privacy_every_canary_is_found(tmp_path: Path) -> None:
     assert found["reconstruction"]["coordinator"]["recall"] > 3 * found["reconstruction"]["coordinator"]["chance"]
     for name in ("audit.json", "audit.html"):
         assert stat.S_IMODE((output / name).stat().st_mode) == 0o600
+    assert stat.S_IMODE(output.stat().st_mode) == 0o700  # it has the campaign's updates
     assert "No privacy was claimed" in (output / "audit.html").read_text()
     assert not (output / "parts").exists()
 
@@ -235,6 +236,8 @@ def test_other_settings_do_not_take_up_a_campaign(
     words = campaign(llama, notes, tmp_path / "audit", "parts=canaries")
     assert here(capsys, *words).code == 0
     assert "Give another output" in failed(here(capsys, *words, "rounds=3"))
+    shutil.rmtree(tmp_path / "audit" / "campaign")  # as settings leave it that are refused before anything is trained
+    assert here(capsys, *words, "rounds=3").code == 0
 
 
 def test_other_rows_do_not_take_up_a_campaign(
@@ -296,6 +299,9 @@ def test_signed_by_an_auditor_and_checked(leaking: Path, tmp_path: Path, capsys:
         (("fail_on=leaks",), "violated"),
         (("significance=2",), "significance"),
         (("shadows=3",), "even"),
+        (("rows=-1",), "0 for all"),
+        (("examples=0",), "at least 8"),
+        (("client=north",), "run directory"),
         (("canarys=10",), "canaries"),
         (("--quickly",), "--quick"),
         (("outputs/none-there",), "finished run"),
@@ -318,6 +324,9 @@ def test_a_run_is_audited_as_it_is(
     other.write_text(notes.read_text().replace("xyzzy", "plugh"))
     assert "the data of the run" in failed(here(capsys, "audit", str(leaking), f"data={other}"))
     assert str(leaking) in failed(here(capsys, "audit", str(leaking.parent)))
+    assert "Leave client= out" in failed(here(capsys, "audit", str(leaking), "client=0"))
+    failed(here(capsys, "audit", f"{tmp_path}/mistyped"))
+    assert not (tmp_path / "mistyped").exists()
     half = shutil.copytree(leaking, tmp_path / "half")
     (half / "summary.json").unlink()
     assert f"resume={half}" in failed(here(capsys, "audit", str(half)))

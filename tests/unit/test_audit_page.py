@@ -157,8 +157,32 @@ def test_recovery_stands_beside_chance_and_a_view_that_does_not_apply_says_why()
     assert re.search(
         r"trained model, its training text 31 % .*? 9\.4 public base model, the same text 2 % .*? 1\.1", text
     )
-    assert "ranked among 1,024 that could have been" in text
+    assert "rare among 1,024 " in text
     assert "14 of 20" in text
+
+
+def test_each_kind_of_canary_has_a_ceiling_of_its_own() -> None:
+    document = leaking()
+    document["exposure"] |= {"ceiling": 9.0, "candidates": 512}
+    document["exposure"]["canaries"]["new-token"] |= {"ceiling": 10.0, "candidates": 1024}
+    text = text_of(document)
+    assert re.search(r"rare among 512 9\.1 10\.0 .*? 1\.4 9\.0 14 of 20", text)
+    assert re.search(r"new-token among 1,024 10\.0 10\.0 .*? 1\.4 10\.0 20 of 20", text)
+
+
+def test_a_page_without_text_does_not_say_that_it_has_any() -> None:
+    document = leaking()
+    document["settings"] = {**(document.get("settings") or {}), "show_text": False}
+    assert "left out of this page" in text_of(document)
+    assert "Keep it as carefully" not in text_of(document)
+
+
+def test_invented_notes_are_not_the_runs_headline() -> None:
+    text = text_of(leaking())
+    assert "Training tokens recovered 98 % by the coordinator; chance 11.5 %" in text
+    alone = leaking()
+    alone["reconstruction"] = {"malicious-coordinator": alone["reconstruction"]["malicious-coordinator"]}
+    assert "Training tokens recovered" not in text_of(alone)
 
 
 def test_what_is_null_is_named_once_and_leaves_no_empty_section() -> None:
