@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina import __version__
-from lamina.audits import client_canaries, defences, document, extraction, mechanism, novelty, remembered, scene
+from lamina.audits import client_canaries, defences, document, extraction, mechanism, novelty, probes, remembered, scene
 from lamina.audits import verdict as verdicts
 from lamina.audits.estimators.one_shot import beyond
 from lamina.audits.mechanism import Check
@@ -88,11 +88,13 @@ def audit(
     rows = results.get("membership")
     membership = remembered.with_rows(canaries.get("membership"), rows)
     one_run = canaries.get("one_run") or (rows or {}).get("one_run")
+    # A row more or less is not a client or a user more or less; each canary is a user of its own, but no client.
+    scored = one_run if claim is None or claim["unit"] == "record" or (claim["unit"] == "user" and canaries) else None
     if claim is not None and membership is not None and claim["unit"] != "client":
         checks.append(remembered.beyond_claim(claim, membership))
     if (clients := canaries.get("client_canaries")) is not None:
         checks.append(remembered.beyond_ledger(clients))
-    word, reasons = verdicts.verdict(claim, checks, one_run)
+    word, reasons = verdicts.verdict(claim, checks, scored)
     made = {
         "schema": 1,
         "lamina": __version__,
@@ -175,7 +177,9 @@ def _mechanism(work: Work, progress: Progress) -> tuple[Json | None, str]:
     rounds[""] = len(found.run.rounds)
     happened = mechanism.happened_in(history, seen, config.train.local_steps, rounds)
     told = dict(promised["per_client"]) if claimed["unit"] != "client" else {"": promised["epsilon"]}
-    cost, again = mechanism.cost(told, promised["epsilon"], promised.get("budget"), happened, promised["delta"])
+    budget = promised.get("budget") if promised.get("budget") is not None else config.privacy.epsilon
+    # Of the delta that the run was set up with, not of the one that its summary speaks of.
+    cost, again = mechanism.cost(told, promised["epsilon"], budget, happened, config.privacy.delta)
     checks = [cost]
     if found.private:
         by_client: dict[str, list[Mapping[str, Any]]] = {}
@@ -183,6 +187,7 @@ def _mechanism(work: Work, progress: Progress) -> tuple[Json | None, str]:
             by_client.setdefault(str(event["client_id"]), []).append(event)
         units = float(config.train.batch_size * config.train.accumulation)
         checks += [mechanism.noise(seen, by_client, units), mechanism.independence(seen, by_client, units)]
+        checks += [mechanism.update(seen, config.wire.format), mechanism.figures(found.run.rounds)]
         client, private = next(iter(found.private.items()))
         rates = [float(event["sample_rate"]) for event in by_client.get(client, ())]
         checks += _probed(found, client, private, rates)
@@ -200,12 +205,13 @@ def _probed(found: Scene, client: str, private: Private, rates: Sequence[float])
     odd = [example for some in found.canaries for example in some.examples[:3]]
     rows: Sequence[Example] = [*odd, *found.prepared.train[client]]
     task = Task(client, 1, config.rounds, config.seed, config.train)
-    probes: dict[str, Callable[[], Check]] = {
-        "sensitivity": lambda: mechanism.sensitivity(base, found.run.adapter, rows, private, task),
-        "sampling": lambda: mechanism.sampling(base, found.run.adapter, private, task, rates),
+    ways: dict[str, Callable[[], Check]] = {
+        "noise alone": lambda: probes.noise_alone(base, found.run.adapter, rows[:1], private, task),
+        "sensitivity": lambda: probes.sensitivity(base, found.run.adapter, rows, private, task),
+        "sampling": lambda: probes.sampling(base, found.run.adapter, private, task, rates),
     }
     checks = []
-    for name, probe in probes.items():
+    for name, probe in ways.items():
         try:
             checks.append(probe())
         except LaminaError as error:

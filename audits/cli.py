@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -20,7 +22,7 @@ from lamina.client.model import quiet
 from lamina.protos import compose
 from lamina.protos.config import Config, known_keys
 from lamina.protos.errors import ConfigError
-from lamina.protos.files import write_atomic
+from lamina.protos.files import alone, write_atomic
 from lamina.protos.words import parsed
 from lamina.simulations.progress import Terminal
 from lamina.simulations.run import default_output
@@ -84,19 +86,35 @@ def main(command: str, words: Sequence[str]) -> int:
     if config is not None and settings.output is None:
         telling.say(f"folder: {folder}; broken off, the audit goes on with output={folder}")
     watcher = Terminal(console, "campaign" if config else "replay")
+    before = os.umask(0o077)  # what an audit leaves holds text of the data, or updates that it can be read from
     try:
-        document = audits.audit(settings, config, overrides, folder, (telling, watcher))
+        _check_there(settings.run_dir)
+        with alone(
+            folder, "output", "expected no other audit at work there, found one. Wait for it, or give another output."
+        ):
+            document = audits.audit(settings, config, overrides, folder, (telling, watcher))
+            if settings.identity:
+                document = signing.signed(document, Path(settings.identity))
+            _write(folder, document)
+            audits.finish(folder)
     finally:
+        os.umask(before)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where nothing came of it; a folder that holds anything stays
         watcher.end()
         telling.end()
-    if settings.identity:
-        document = signing.signed(document, Path(settings.identity))
-    _write(folder, document)
-    audits.finish(folder)
     _tell(console, document, folder)
     if as_json:
         print(json.dumps(document, indent=1))
     return 4 if settings.fail_on == document["verdict"] else 0
+
+
+def _check_there(run_dir: Path | None) -> None:
+    """Raise where there is no such folder, before a folder for its audit is made in it."""
+    if run_dir is not None and not run_dir.is_dir():
+        raise ConfigError(
+            f"{run_dir}: expected a finished run, found no folder. Name one, or leave it out to have a campaign."
+        )
 
 
 def _help() -> str:
@@ -146,7 +164,6 @@ def _write(folder: Path, document: Mapping[str, Any]) -> None:
     """Both files, for their owner's eyes alone, as they hold text of the data; the page first: a document has its page."""
     for name, text in (("audit.html", page.render(document)), ("audit.json", json.dumps(document, indent=1) + "\n")):
         write_atomic(folder / name, text)
-        (folder / name).chmod(0o600)
 
 
 def _tell(console: Console, document: Mapping[str, Any], folder: Path) -> None:

@@ -7,35 +7,21 @@ without its noise, and at the cost of all that happened, computed by other code.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-
 from lamina.audits import accounting, witness
 from lamina.audits.accounting import Steps
-from lamina.audits.canaries import references
 from lamina.audits.witness import Seen
-from lamina.client.data import Example
-from lamina.client.model import Base, put
-from lamina.client.private.train import Private, train_privately
-from lamina.client.train import Task
-from lamina.protos.adapter import EMPTY, Adapter
 from lamina.protos.errors import LaminaError
 
 # How far chance moves what is measured, in standard deviations: one false alarm in two million.
-_FAR = 5.0
 _FAR_LEAST = 7.0  # of the least of some ten thousand sums of squares, which have no symmetric tails
 _ALIKE = 0.5  # of two independent draws nothing comes near
-_PROBED, _ROUNDING = 6, 1e-3
-_DRAWN, _DRAWS, _TOKENS, _LEAST_RATE = 48, 100, 8, 0.25
-Drawn = NDArray[np.bool_]
+# Relative, of numbers that went through the wire's format and back.
+_WIRE = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 2e-2, "int8": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -120,150 +106,6 @@ def independence(seen: list[Seen], claims: Mapping[str, Sequence[Mapping[str, An
     )
 
 
-class _Silent:
-    """A stream that draws everybody and adds nothing."""
-
-    def uniform(self, count: int) -> np.ndarray:
-        """Zeros: below any sample rate."""
-        return np.zeros(count)
-
-    def normal(self, count: int) -> np.ndarray:
-        """Zeros."""
-        return np.zeros(count)
-
-
-def sensitivity(base: Base, adapter: Adapter, examples: Sequence[Example], private: Private, task: Task) -> Check:
-    """How far one unit's data move a step's sum, in the code that clients train with, without its noise.
-
-    The bound is made small, so that clipping must do something; the sum of all units is compared with the sum without one.
-
-    Args:
-        base: The frozen base; its slots are overwritten.
-        adapter: At which the gradients are taken; not zero.
-        examples: Canaries among them; under privacy.unit=user several are put together for one user.
-        private: A client's mechanism.
-        task: Settings of its training.
-
-    Returns:
-        The check.
-    """
-    some = _in_units(examples, private)
-    tight = 1e-2 * private.mechanism.max_grad_norm
-    worst = 0.0
-    for bound in (private.mechanism.max_grad_norm, tight):
-        mechanism = replace(private.mechanism, steps=1, max_grad_norm=bound)
-        probe = Private(mechanism, private.nominal, lambda *_: _Silent())  # type: ignore[arg-type]
-        whole = _sum(base, adapter, some, probe, task)
-        for left_out in dict.fromkeys(one.user for one in some):
-            rest = [one for one in some if one.user != left_out]
-            moved = float((whole - _sum(base, adapter, rest, probe, task)).norm())
-            worst = max(worst, moved * mechanism.expected_units / bound)
-    put(base, EMPTY, None, trainable=False)
-    return Check(
-        "sensitivity",
-        worst <= 1 + _ROUNDING,
-        f"one {private.mechanism.unit} moves a step's sum by at most 1 x the clipping norm",
-        f"{worst:.4f} x, the largest of {len({one.user for one in some})} {private.mechanism.unit}s at two norms",
-        "What one unit can move is what the noise is measured by. More, and the claim counts too little noise.",
-    )
-
-
-def _in_units(examples: Sequence[Example], private: Private) -> list[Example]:
-    """Some examples, a row each; of users several, of which the bound counts no more than `user_rows`."""
-    each = 1 if private.mechanism.unit == "record" else 3
-    return [replace(one, row=row, user=str(row // each)) for row, one in enumerate(examples[: _PROBED * each])]
-
-
-def _sum(base: Base, adapter: Adapter, examples: Sequence[Example], private: Private, task: Task) -> torch.Tensor:
-    """What the optimizer receives in one step over these examples, float64."""
-    found: list[torch.Tensor] = []
-
-    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        found.append(torch.cat([one.flatten().double() for one in witness.gradients_of(optimizer)]))
-
-    put(base, adapter, None)
-    handle = register_optimizer_step_pre_hook(look)
-    try:
-        train_privately(base, examples, task, private, adapter)
-    finally:
-        handle.remove()
-    return found[0]
-
-
-def sampling(base: Base, adapter: Adapter, private: Private, task: Task, told: Sequence[float] = ()) -> Check:
-    """Whether training draws units at the claimed rate, each by itself and anew in each step.
-
-    The client's training is run on rows of random tokens, and what its model reads is looked at. A rate below a quarter is raised
-    to it, or little would be seen: what is done with a rate does not depend on it.
-
-    Args:
-        base: The frozen base; its slots are overwritten.
-        adapter: In the slots meanwhile.
-        private: The client's mechanism.
-        task: Settings of its training.
-        told: Sample rates that the client's events claim.
-
-    Returns:
-        The check.
-    """
-    truly, steps = private.mechanism.sample_rate, _DRAWS
-    rate = max(truly, _LEAST_RATE)
-    rows = references(base, _DRAWN, _TOKENS, task.seed)
-    distinct = {one.tokens.tobytes(): one for one in rows}.values()
-    examples = [replace(one, row=number, user=str(number)) for number, one in enumerate(distinct)]
-    mechanism = replace(private.mechanism, steps=steps, sample_rate=rate)
-    probe = Private(mechanism, private.nominal, lambda *of: private.stream(*of) if of[0] == "sampling" else _Silent())  # type: ignore[arg-type]
-    still = replace(task.config, local_steps=steps, batch_size=len(examples), micro_batch=None, learning_rate=1e-9)
-    drawn = _drawn(base, examples, adapter, probe, replace(task, config=still))
-    share, number = float(drawn.mean()), len(examples)
-    spread = math.sqrt(rate * (1 - rate) / drawn.size)
-    wrong = [] if abs(share - rate) <= _FAR * spread + 1e-12 else ["another rate"]
-    # Two steps may draw the same units by chance where there are few.
-    same = sum(bool((one == other).all()) for one, other in itertools.pairwise(drawn))
-    chance = (rate**2 + (1 - rate) ** 2) ** number
-    if same > (steps - 1) * chance + _FAR * math.sqrt((steps - 1) * chance * (1 - chance)) + 0.5:
-        wrong.append("the same records again")
-    # Of independent draws the numbers in a step vary as a binomial one, whose variance this estimates.
-    if rate < 1:
-        varied = float(drawn.sum(axis=1).var(ddof=1)) / (number * rate * (1 - rate))
-        chance = math.sqrt(2 / (steps - 1) + 1 / (steps * number * rate * (1 - rate)))
-        if not 1 - _FAR * chance <= varied <= 1 + _FAR_LEAST * chance:
-            wrong.append(f"numbers in a step with {varied:.2f} x the variance of independent draws")
-    if low := [one for one in told if one < truly * (1 - 1e-9)]:
-        wrong.append(f"events claim {min(low):.4g} where it is {truly:.4g}")
-    return Check(
-        "sampling",
-        not wrong,
-        f"each record in a step with probability {rate:.4g}, by itself and drawn anew",
-        f"{share:.4g} over {steps} steps of {number} records" + "".join(f"; {one}" for one in wrong),
-        "The claim counts on whoever is in a step being drawn at this rate, unknown to others.",
-    )
-
-
-def _drawn(base: Base, examples: Sequence[Example], adapter: Adapter, private: Private, task: Task) -> Drawn:
-    """(steps, examples): which of the examples the model read in each step of a round."""
-    length, kind = len(examples[0].tokens), examples[0].tokens.dtype
-    known = {one.tokens.tobytes(): place for place, one in enumerate(examples)}
-    read: list[set[int]] = [set()]
-
-    def look(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        rows = given[0][:, :length].cpu().numpy().astype(kind)
-        read[-1].update(known[one] for row in rows if (one := row.tobytes()) in known)
-
-    put(base, adapter, None)
-    handles = [
-        base.model.get_input_embeddings().register_forward_pre_hook(look),
-        register_optimizer_step_pre_hook(lambda *_: read.append(set())),
-    ]
-    try:
-        train_privately(base, examples, task, private, adapter)
-    finally:
-        for handle in handles:
-            handle.remove()
-        put(base, EMPTY, None, trainable=False)
-    return np.array([[place in step for place in range(len(examples))] for step in read[:-1]])
-
-
 def cost(
     claimed: Mapping[str, float],
     whole: float,
@@ -306,6 +148,48 @@ def cost(
             "Epsilon of everything that happened, composed over all rounds by dp-accounting directly.",
         ),
         worst,
+    )
+
+
+def update(seen: list[Seen], wire: str) -> Check:
+    """Whether what a client sent is what its last step left behind, and nothing that was added or exchanged after it.
+
+    Args:
+        seen: By a witness, with updates that were admitted.
+        wire: Number format of updates.
+
+    Returns:
+        The check.
+    """
+    found = [one for one in seen if not math.isnan(one.sent)]
+    worst = max(found, key=lambda one: one.sent, default=None)
+    return Check(
+        "update",
+        None if worst is None else worst.sent <= _WIRE[wire],
+        f"updates as the last step left them, within {_WIRE[wire]:g}, the rounding of {wire}",
+        "no update was seen by itself"
+        if worst is None
+        else f"at most {worst.sent:.2g} apart (client {worst.client}, round {worst.round})",
+        "The claim is about what the optimizer made of noised gradients. What is added to it afterwards has no noise.",
+    )
+
+
+def figures(rounds: Sequence[Mapping[str, Any]]) -> Check:
+    """Whether no figure of the clients' training, which no noise covers, left them.
+
+    Args:
+        rounds: The objects of rounds.jsonl.
+
+    Returns:
+        The check.
+    """
+    told = [record["round"] for record in rounds if record.get("train_loss") is not None]
+    return Check(
+        "figures",
+        not told,
+        "no training loss in any round",
+        f"a training loss in {len(told)} of {len(rounds)} rounds",
+        "A loss over a client's rows moves with each of them, and has no noise.",
     )
 
 

@@ -226,7 +226,8 @@ def _write_notes(path: Path, seen: Sequence[Seen]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"writing-{path.name}")
     with partial.open("wb") as file:
-        np.savez(file, names=names, sizes=sizes, squares=squares, some=some)
+        sent = np.array([one.sent for one in seen], np.float64)
+        np.savez(file, names=names, sizes=sizes, squares=squares, some=some, sent=sent)
     partial.replace(path)
 
 
@@ -234,7 +235,7 @@ def _read_notes(path: Path) -> tuple[Seen, ...]:
     if not path.is_file():
         return ()
     with np.load(path, allow_pickle=False) as held:
-        names, sizes, squares, some = (held[name] for name in ("names", "sizes", "squares", "some"))
+        names, sizes, squares, some, sent = (held[name] for name in ("names", "sizes", "squares", "some", "sent"))
     empty = np.zeros(0, np.float32)
     counts = (sizes > 0).sum(axis=1)
     return tuple(
@@ -245,6 +246,7 @@ def _read_notes(path: Path) -> tuple[Seen, ...]:
             sizes=sizes[row, : counts[row]],
             squares=squares[row, : counts[row]],
             some=some[row] if row < len(some) else empty,
+            sent=float(sent[row]),
         )
         for row, name in enumerate(names)
     )

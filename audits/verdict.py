@@ -18,7 +18,7 @@ def verdict(
     Args:
         claim: `epsilon` and `delta`, or None.
         checks: Of the mechanism.
-        one_run: Bounds and ceilings, or None where no canary was scored.
+        one_run: Bounds and ceilings, or None where nothing was scored that the claim is about.
 
     Returns:
         `no-claim`; `violated` where a check fails or a bound is above the claim; `under-powered` where no bound could have been
@@ -52,6 +52,13 @@ def verdict(
         if held < len(checks)
         else (f"All {held} checks of the mechanism hold." if held else "No check of the mechanism could be made.")
     )
+    if any(check.name == "accounting" and check.holds is None for check in checks):
+        return UNDER_POWERED, ["What the run cost could not be computed anew: it left no events.", looked]
+    if one_run is None and any(check.name == "client canaries" for check in checks):
+        return CONSISTENT, [
+            "Canary clients show no more than the claim of a client; theirs is an estimate, no bound.",
+            looked,
+        ]
     if one_run is None:
         return UNDER_POWERED, ["No canary or record was scored against the claim.", looked]
     highest = max(one for one in (one_run["ceiling"], one_run["ceiling_fdp"]) if one is not None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lamina.protos.adapter import Adapter
 from lamina.simulations.engine import Watcher
 
-_NUMBERS, _MOST_STEPS = 4096, 600
+_NUMBERS, _MOST_STEPS, _COMPARED = 4096, 600, 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,7 @@ class Seen:
         sizes: (p,) numbers in each parameter.
         squares: (p,) sum of their squares.
         some: (n,) float32, of the same places in every step of one client; empty where enough steps are kept.
+        sent: Of a client's last step in a round: how far its update is from what the step left, relative; otherwise NaN.
     """
 
     client: str
@@ -42,6 +44,7 @@ class Seen:
     sizes: NDArray[np.int64]
     squares: NDArray[np.float64]
     some: NDArray[np.float32]
+    sent: float = math.nan
 
 
 @dataclass(eq=False)
@@ -56,6 +59,8 @@ class Witness:
     inner: Watcher
     seen: list[Seen] = field(default_factory=list)
     _last: tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float32]] | None = field(default=None, repr=False)
+    _moved: list[torch.Tensor] = field(default_factory=list, repr=False)
+    _left: dict[str, tuple[int, list[tuple[int, NDArray[np.float32]]]]] = field(default_factory=dict, repr=False)
 
     def begin(self, rounds: int, names: Mapping[str, str], done: int) -> None:
         """Pass on."""
@@ -66,10 +71,17 @@ class Witness:
         if self._last is not None:
             self.seen.append(Seen(client_id, round_number, step, *self._last))
             self._last = None
+            if step == steps:
+                self._left[client_id] = len(self.seen) - 1, [_some(one.detach()) for one in self._moved]
         self.inner.step(client_id, round_number, step, steps, loss)
 
     def completed(self, completed: Any) -> None:
-        """Pass on."""
+        """Compare the round's updates with what the clients' last steps left, and pass on."""
+        for update in completed.updates:
+            if update.client_id in self._left:
+                place, left = self._left[update.client_id]
+                self.seen[place] = replace(self.seen[place], sent=_apart(left, update.adapter))
+        self._left.clear()
         self.inner.completed(completed)
 
     def say(self, text: str) -> None:
@@ -98,6 +110,27 @@ class Witness:
             stride = max(1, int(sizes.sum()) // _NUMBERS)
             some = torch.cat([one.flatten()[::stride] for one in gradients]).float().cpu().numpy()
         self._last = (sizes, squares, some)
+        self._moved = [one for group in optimizer.param_groups for one in group["params"]]
+
+
+def _some(tensor: torch.Tensor) -> tuple[int, NDArray[np.float32]]:
+    """A parameter's size, and numbers at even places in it."""
+    flat = tensor.flatten()
+    return flat.numel(), flat[:: max(1, flat.numel() // _COMPARED)].float().cpu().numpy().copy()
+
+
+def _apart(left: list[tuple[int, NDArray[np.float32]]], adapter: Adapter) -> float:
+    """The largest relative distance of a parameter from the nearest array of its size in an adapter."""
+    sides = (side for f in adapter.lora.values() for side in (f.A, f.B, f.core) if side is not None)
+    arrays = [
+        _some(torch.from_numpy(np.ascontiguousarray(one, np.float32))) for one in (*sides, *adapter.dense.values())
+    ]
+    worst = 0.0
+    for size, numbers in left:
+        scale = float(np.linalg.norm(numbers)) or 1.0
+        near = (float(np.linalg.norm(other - numbers)) / scale for count, other in arrays if count == size)
+        worst = max(worst, min(near, default=math.inf))
+    return worst
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -7,8 +7,8 @@ from itertools import zip_longest
 from typing import Any
 
 from lamina.audits.page.marking import block, listing, side_by_side
-from lamina.audits.page.reading import entries, inline, number, objects, plain, real
-from lamina.audits.page.words import VIEWS, client, leaking, percent, under, view
+from lamina.audits.page.reading import entries, inline, interval, number, objects, plain, real
+from lamina.audits.page.words import VIEWS, client, leaking, percent, percents, under, view
 from lamina.protos.pages.charts import Axis, Scale
 from lamina.protos.pages.rows import dot_row, scaled
 from lamina.protos.pages.tables import num, section, table
@@ -56,6 +56,7 @@ def _row(name: str, one: Mapping[str, Any], scale: Scale) -> list[str]:
     style = leaking(recall, chance)
     dots = dot_row([(chance, style), (recall, style)], scale, tip, joined=True)
     rouge, by_chance = number(one, "rouge_l"), number(one, "rouge_l_chance")
+    span = interval(one, "recall_interval")
     by_noise = found if (found := number(one, "auc_chance")) is not None else 0.5
     whom = "single clients" if one.get("individuals") is True else "all clients together"
     size = f"{num(number(one, 'tokens'), 0)} tokens" + (
@@ -64,7 +65,7 @@ def _row(name: str, one: Mapping[str, Any], scale: Scale) -> list[str]:
     why = f'<div class="muted">{inline(one.get("why"), 300)}</div>' if plain(one.get("why")) else ""
     return [
         f"{who}{why}",
-        f"{percent(recall)}{under(f'chance {percent(chance)}')}",
+        f"{percent(recall)}{under(percents(span)) if span else ''}{under(f'chance {percent(chance)}')}",
         dots,
         f"{num(number(one, 'auc'))}{under(f'chance {num(by_noise)}')}",
         f"{num(rouge)}{under(f'chance {num(by_chance)}') if rouge is not None else ''}",

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.audits import views
+from lamina.audits.estimators.roc import clopper_pearson
 from lamina.audits.kept import KeptRound, read_rounds
 from lamina.audits.reconstruction import malicious
 from lamina.audits.reconstruction.inputs import Inputs, token_inputs
 from lamina.audits.reconstruction.ordering import best_match, ordered
-from lamina.audits.reconstruction.span import Scored, recovery, token_scores, top
+from lamina.audits.reconstruction.span import Recovery, Scored, recovery, token_scores, top
 from lamina.audits.reconstruction.truth import tokens_of, trained_on
 from lamina.audits.views import Seen, View
 from lamina.client.data import Example
@@ -98,6 +99,7 @@ class Result:
     applicable: bool
     why: str
     recall: float = float("nan")
+    recall_interval: tuple[float, float] = (float("nan"), float("nan"))
     chance: float = float("nan")
     auc: float = float("nan")
     auc_chance: float = float("nan")
@@ -219,6 +221,7 @@ def _attacked(view: View, config: Config, base: Base, inputs: Inputs, examples: 
         applicable=True,
         why=view.why,
         recall=float(np.mean([one.recall for one in recoveries])),
+        recall_interval=_interval(recoveries),
         chance=float(np.mean([one.chance for one in recoveries])),
         auc=float(np.mean([one.auc for one in recoveries])),
         auc_chance=float(np.mean([one.auc_chance for one in recoveries])),
@@ -228,6 +231,16 @@ def _attacked(view: View, config: Config, base: Base, inputs: Inputs, examples: 
         by_client={client: tuple(np.mean(figures, axis=0).tolist()) for client, figures in sorted(each.items())},
     )
     return _with_texts(result, base, looks, truths, settings) if config.task == "causal-lm" else result
+
+
+def _interval(recoveries: Sequence[Recovery]) -> tuple[float, float]:
+    """The interval of Clopper and Pearson over all looks' tokens."""
+    trials = sum(one.tokens for one in recoveries)
+    if not trials:
+        return float("nan"), float("nan")
+    low, high = clopper_pearson(sum(one.recall * one.tokens for one in recoveries), trials, 0.05)
+    mean = float(np.mean([one.recall for one in recoveries]))
+    return min(float(low), mean), max(float(high), mean)
 
 
 def _trained(config: Config, examples: Examples, seen: Seen) -> dict[str, list[Example]]:
@@ -291,6 +304,7 @@ def _malicious(config: Config, base: Base, inputs: Inputs, settings: Settings) -
         applicable=True,
         why="simulated on invented notes: the coordinator tuned the base on public notes before the client trained it",
         recall=tuned.tokens.recall,
+        recall_interval=_interval([tuned.tokens]),
         chance=tuned.tokens.chance,
         auc=tuned.tokens.auc,
         auc_chance=tuned.tokens.auc_chance,
@@ -328,6 +342,7 @@ def document(results: Mapping[str, Result]) -> dict[str, Any]:
             "applicable": one.applicable,
             "why": one.why,
             "recall": _number(one.recall),
+            "recall_interval": [_number(end) for end in one.recall_interval],
             "chance": _number(one.chance),
             "auc": _number(one.auc),
             "auc_chance": _number(one.auc_chance),

@@ -15,6 +15,7 @@ import pytest
 
 from lamina.audits import novelty
 from lamina.protos.errors import StorageError
+from lamina.protos.files import alone
 from tests import audits
 from tests.consortium import enrolled, new_ca
 from tests.e2e.commands import failed, here, lamina, run_words
@@ -103,7 +104,7 @@ def test_a_right_mechanism_is_never_called_violated(
     assert (found["claim"]["unit"], found["claim"]["delta"]) == ("record", 1e-5)
     assert found["claim"]["epsilon"] == pytest.approx(8, abs=0.05)
     assert all(check["holds"] for check in found["checks"])
-    assert len(found["checks"]) == 6
+    assert len(found["checks"]) == 9
     spent = found["mechanism"]["epsilon_by_round"]
     assert spent == sorted(spent)
     assert spent[-1] == pytest.approx(found["mechanism"]["epsilon_recomputed"])
@@ -148,7 +149,7 @@ def test_a_run_without_kept_updates_is_run_again(private: Path, capsys: pytest.C
     found = document(private / "audit")
     assert found["subject"]["origin"] == "replayed"
     assert {check["name"] for check in found["checks"]} == {
-        "accounting", "noise", "independence", "sensitivity", "sampling",
+        "accounting", "noise", "independence", "update", "figures", "noise alone", "sensitivity", "sampling",
     }  # fmt: skip
     assert all(check["holds"] for check in found["checks"])
     assert found["reconstruction"]["coordinator"]["applicable"]
@@ -314,6 +315,16 @@ def test_signed_by_an_auditor_and_checked(leaking: Path, tmp_path: Path, capsys:
 def test_bad_input(words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     ended = here(capsys, "audit", *words)
     assert says in failed(ended, 5 if "identity" in words[0] else 2)
+
+
+def test_one_audit_at_a_time_in_a_folder(leaking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with alone(tmp_path / "audit", "output", "taken"):
+        words = ("audit", str(leaking), *SMALL, "parts=extraction", f"output={tmp_path}/audit")
+        assert "no other audit" in failed(here(capsys, *words))
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    failed(here(capsys, "audit", str(nothing)))
+    assert not list(nothing.iterdir())
 
 
 def test_a_run_is_audited_as_it_is(

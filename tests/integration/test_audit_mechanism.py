@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lamina.audits import audit, document, scene
 from lamina.audits.audit import Work
-from lamina.audits.mechanism import Check, happened_in
+from lamina.audits.mechanism import Check, figures, happened_in
 from lamina.audits.scene import Scene
 from lamina.audits.telling import Telling
 from lamina.audits.verdict import verdict
@@ -140,8 +140,28 @@ def _calibrated_by_round(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(mechanism, "epsilon", half)
 
 
+def _a_little_less_noise(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(train, "noised", lambda total, deviation, stream: noise.noised(total, 0.97 * deviation, stream))
+
+
+def _more_is_sent(patch: pytest.MonkeyPatch) -> None:
+    """What was trained is moved once more before it is sent."""
+    trained = train.train_privately
+
+    def moved(base: Any, *of: Any) -> Any:
+        found = trained(base, *of)
+        for parameter in base.model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 1e-3
+        return found
+
+    patch.setattr("lamina.client.participant.train_privately", moved)
+
+
 PLANTS: Mapping[str, tuple[Plant, str]] = {
-    "noise x 0.05": (_little_noise, "noise"),
+    "noise x 0.97": (_a_little_less_noise, "noise alone"),
+    "an update that is moved after training": (_more_is_sent, "update"),
+    "noise x 0.05": (_little_noise, "noise, noise alone"),
     "no noise in one step": (_no_noise_in_one_step, "noise"),
     "no noise on one parameter": (_no_noise_on_one_parameter, "noise"),
     "clipping removed": (_no_clipping, "sensitivity"),
@@ -175,8 +195,12 @@ def test_a_planted_mistake_is_found(
 def test_a_right_mechanism_passes(words: Sequence[str], llama: Path, notes: Path, tmp_path: Path) -> None:
     found = audits.campaign(audits.small(llama, notes, *audits.PRIVATE, *words), tmp_path)
     checks = _checks(found, tmp_path)
-    assert set(checks) == {"accounting", "noise", "independence", "sensitivity", "sampling"}
-    assert all(one.holds for one in checks.values()), checks
+    assert set(checks) == {
+        "accounting", "noise", "independence", "update", "figures", "noise alone", "sensitivity", "sampling",
+    }  # fmt: skip
+    summed = "privacy.secagg=true" in words
+    assert [one.name for one in checks.values() if not one.holds] == (["update"] if summed else []), checks
+    assert checks["update"].holds is (None if summed else True)
     assert verdict(document.claim(found), list(checks.values()), None)[0] == "under-powered"
 
 
@@ -268,3 +292,9 @@ def test_steps_that_no_event_counts_are_counted() -> None:
     nothing = np.zeros(0)
     looked = [Seen("0", 1, step, nothing.astype(int), nothing, nothing.astype(np.float32)) for step in range(5)]
     assert steps({"0": 1, "": 1}, looked) == {"0": 5, "": 1}
+
+
+def test_a_training_loss_under_privacy_is_found() -> None:
+    quiet: list[Mapping[str, Any]] = [{"round": 1, "train_loss": None}, {"round": 2}]
+    assert figures(quiet).holds
+    assert figures([*quiet, {"round": 3, "train_loss": 2.5}]).holds is False

@@ -50,6 +50,15 @@ def test_the_word(claim: Any, holds: list[bool | None], one_run: Any, word: str)
     assert all(reason.endswith(".") for reason in reasons)
 
 
+def test_a_cost_that_nobody_can_compute_is_no_consistency() -> None:
+    assert verdict(CLAIM, [check(None, "accounting"), check(True)], bounds(1, 2, 4, 9))[0] == "under-powered"
+
+
+def test_of_a_claim_about_clients_canary_clients_speak() -> None:
+    assert verdict(CLAIM, [check(True, "client canaries")], None)[0] == "consistent"
+    assert verdict(CLAIM, [check(False, "client canaries")], None)[0] == "violated"
+
+
 def test_every_failed_check_is_a_reason() -> None:
     _, reasons = verdict(CLAIM, [check(False, "noise"), check(True, "sampling"), check(False, "accounting")], None)
     assert [reason.split(":")[0] for reason in reasons] == ["noise", "accounting"]
