@@ -119,6 +119,7 @@ def _row(defence: Defence, config: Config, settings: Settings, folder: Path) -> 
         "loss": evaluated["final_loss"],
         "epsilon": (found.run.summary["privacy"] or {}).get("epsilon"),
         "auc": membership["auc"],
+        "auc_interval": membership["auc_interval"],
         "tpr_at_fpr_0.01": membership["tpr_at_fpr"]["0.01"],
         "recall": {view: one["recall"] for view, one in seen.items()},
         "chance": {view: one["chance"] for view, one in seen.items()},

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lamina.audits.page.reading import entries, inline, number, objects, plain, real
-from lamina.audits.page.words import VIEWS, epsilon, leaking, percent, reader, under
+from lamina.audits.page.reading import entries, inline, interval, number, objects, plain, real
+from lamina.audits.page.words import VIEWS, epsilon, leaking, percent, reader, spread, under
 from lamina.protos.pages.charts import Axis, Scale
 from lamina.protos.pages.rows import bar, dot_row, scaled, span_row
 from lamina.protos.pages.tables import num, section, table
@@ -33,11 +33,12 @@ def of(document: Document) -> str:
         kept = _gain(one)
         tip = f"{name}: {num(kept)} of {num(gain)} nats gained over the base model"
         tell = span_row((0.5, value), [(value, "fill c0")], [0.5], auc, f"{name}: AUC {num(value)}, chance 0.5")
+        span = interval(one, "auc_interval")
         row = [
             f"{inline(one.get('name'))}{told}",
             num(number(one, "loss")) + bar(kept, gain, "c2", tip),
             epsilon(number(one, "epsilon")),
-            f"{num(value)}{tell}",
+            f"{num(value)}{under(spread(span)) if span else ''}{tell}",
             percent(real(one.get("tpr_at_fpr_0.01"))),
         ]
         row += [_recall(one, party, name, share) for party in views]
