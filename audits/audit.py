@@ -111,7 +111,8 @@ def audit(
         "exposure": canaries.get("exposure"),
         "one_run": one_run,
         "client_canaries": canaries.get("client_canaries"),
-        "reconstruction": results.get("reconstruction") or {},
+        "reconstruction": (results.get("reconstruction") or {}).get("parties") or {},
+        "close_up": (results.get("reconstruction") or {}).get("close_up"),
         "extraction": results.get("extraction"),
         "novelty": results.get("novelty"),
         "defences": (results.get("defences") or {}).get("rows"),
@@ -246,16 +247,24 @@ def _membership(work: Work, progress: Progress) -> tuple[Json | None, str]:
 
 
 def _reconstruction(work: Work, progress: Progress) -> tuple[Json | None, str]:
-    seen = work.scene
-    if seen.origin == "campaign":
-        seen = scene.close_up(seen, work.folder)
-    result = rebuilt(seen, work.settings, progress)
+    found = work.scene
+    if found.origin == "deployment":
+        parties, near = rebuilt(found, work.settings, progress), None
+    elif found.origin == "campaign":
+        parties, near = rebuilt(scene.close_up(found, work.folder), work.settings, progress), None
+    else:
+        parties = rebuilt(found, work.settings, progress)
+        near = rebuilt(scene.close_up(found, work.folder), work.settings, progress, invented=False)
     line = ", ".join(
         f"{view} {one['recall']:.2f} (chance {one['chance']:.2f})"
-        for view, one in result.items()
+        for view, one in (near or parties).items()
         if one["recall"] is not None
     )
-    return result, f"recall of tokens: {line}" if line else "nothing to reconstruct from"
+    where = "in rounds of few steps, " if near else ""
+    return {
+        "parties": parties,
+        "close_up": near,
+    }, f"{where}recall of tokens: {line}" if line else "nothing to reconstruct from"
 
 
 def _extraction(work: Work, progress: Progress) -> tuple[Json | None, str]:

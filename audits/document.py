@@ -193,7 +193,8 @@ def without_text(document: Mapping[str, Any]) -> Json:
         The same figures; examples and samples are empty.
     """
     found = dict(document)
-    found["reconstruction"] = {view: {**one, "examples": []} for view, one in found["reconstruction"].items()}
+    for part in ("reconstruction", "close_up"):
+        found[part] = found[part] and {view: {**one, "examples": []} for view, one in found[part].items()}
     for part, key in (("extraction", "examples"), ("novelty", "samples")):
         if found[part] is not None:
             found[part] = {**found[part], key: []}

@@ -13,13 +13,16 @@ from lamina.audits.scene import Scene
 from lamina.audits.settings import Settings
 
 
-def rebuilt(found: Scene, settings: Settings, progress: Callable[[int, int], None]) -> dict[str, Any]:
+def rebuilt(
+    found: Scene, settings: Settings, progress: Callable[[int, int], None], invented: bool = True
+) -> dict[str, Any]:
     """What each party could rebuild of the text.
 
     Args:
         found: Any scene.
         settings: For the size.
         progress: Told how much is done.
+        invented: Whether a coordinator that prepared the base is simulated, too, on invented notes.
 
     Returns:
         `reconstruction` of audit.json; empty where no updates can be looked at. In a deployment it is of the one site whose
@@ -28,6 +31,8 @@ def rebuilt(found: Scene, settings: Settings, progress: Callable[[int, int], Non
     if found.origin == "not kept" or not found.run.kept:
         return {}
     how = attack.QUICK if settings.quick else attack.Settings(seed=found.config.seed)
+    if not invented:
+        how = replace(how, scenario=None)
     if how.scenario is not None:
         noise, clip = _noise(found)
         how = replace(how, scenario=replace(how.scenario, noise_multiplier=noise, max_grad_norm=clip))
@@ -36,7 +41,8 @@ def rebuilt(found: Scene, settings: Settings, progress: Callable[[int, int], Non
         why = "which rows a site's steps drew is that site's secret and kept nowhere, so it is not known what would be right"
         return attack.document({view: attack.Result(False, why) for view in (*views.PARTIES, attack.MALICIOUS)})
     result = attack.reconstruct(found.run.path, found.config, base, examples, how, progress, own)
-    return attack.document(_without_noised(result) if found.config.privacy.mode == "client-dp" else result)
+    result = _without_noised(result) if found.config.privacy.mode == "client-dp" else result
+    return attack.document({view: one for view, one in result.items() if invented or view != attack.MALICIOUS})
 
 
 def _without_noised(result: Mapping[str, Result]) -> dict[str, Result]:

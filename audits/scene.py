@@ -99,16 +99,19 @@ def campaign(settings: Settings, config: Config, folder: Path, watcher: Watcher)
 
 
 def close_up(found: Scene, folder: Path) -> Scene:
-    """A campaign's settings in rounds of few steps over few rows, in which most can be read off an update.
+    """A run's settings in rounds of few steps over few rows, in which most can be read off an update.
 
-    Noise is that of the campaign, not less for the fewer steps.
+    Noise is that of the run, not less for the fewer steps.
 
     Args:
-        found: A campaign.
+        found: A campaign, or a finished simulation.
         folder: Of the audit.
 
     Returns:
         A run of the same clients without canaries.
+
+    Raises:
+        ConfigError: If the run says nowhere what its noise was.
     """
     config = found.config
     canaries = {id(example.tokens) for some in found.canaries for example in some.examples}
@@ -121,12 +124,14 @@ def close_up(found: Scene, folder: Path) -> Scene:
     privacy = replace(config.privacy, secagg=False)
     if privacy.mode == "client-dp":
         privacy = replace(privacy, mode="none", epsilon=None, noise_multiplier=None, force=False)
-    if found.private:
-        noise = next(iter(found.private.values())).mechanism.noise_multiplier
-        privacy = replace(privacy, noise_multiplier=noise, epsilon=None)
+    elif privacy.mode == "example-dp":
+        privacy = replace(privacy, noise_multiplier=_noise(found), epsilon=None)
     small = replace(
         config,
         rounds=_CLOSE_ROUNDS,
+        clients=replace(config.clients, join_round=1, fraction=1.0, dropout_rate=0.0),
+        data=replace(config.data, generate=0),
+        baselines=[],
         train=replace(
             config.train,
             local_steps=_CLOSE_STEPS,
@@ -143,6 +148,17 @@ def close_up(found: Scene, folder: Path) -> Scene:
     run, _ = _simulated(checked(small), prepared, folder / "close-up", Settings(canaries=8, guesses=2), Quiet())
     meant = replace(run.config.privacy, secagg=config.privacy.secagg, mode=config.privacy.mode)
     return Scene(replace(run, config=replace(run.config, privacy=meant)), prepared, origin="campaign")
+
+
+def _noise(found: Scene) -> float:
+    """The noise multiplier of a run's steps under example-dp."""
+    if found.private:
+        return next(iter(found.private.values())).mechanism.noise_multiplier
+    if not found.run.history:
+        raise ConfigError(
+            f"{found.run.path}: expected the events of its private mechanism, found none in its checkpoints."
+        )
+    return float(found.run.history[0]["noise_multiplier"])
 
 
 # A row a step, and as many more as the batches are larger than a campaign's usual ones.

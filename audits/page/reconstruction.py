@@ -15,12 +15,27 @@ from lamina.protos.pages.tables import num, section, table
 
 Document = Mapping[str, Any]
 _PREPARED = ("tuned.values", "honest.values", "tuned.pairs", "honest.pairs")
+_RUN = (
+    "Each party was given exactly what it sees in a run and looked in it for the tokens (words and parts of words) of the "
+    "training text. Hollow: chance, which is what the same search finds in noise; filled: what was recovered, orange where it is "
+    "more than 6 points above chance. ROUGE-L says how much of a text came out in the right order, from 0 to 1."
+)
+_CLOSE = (
+    "The same search in two rounds of two steps, over a row each, with the run's other settings: the fewer rows are in an "
+    "update, the more can be read off it. It says what the settings allow, not what this run gave away."
+)
 _SHOWN, _MOST, _CLIENTS = 4, 24, 40  # examples at once and in all, clients of a party
 
 
 def of(document: Document) -> str:
-    """Recall of every party beside chance, by client, and what was recovered beside the original."""
-    parties = [(name, one) for name, one in entries(document, "reconstruction") if isinstance(one, Mapping)][:20]
+    """Recall of every party beside chance, by client, and what was recovered beside the original; of small rounds, too."""
+    return _of(document, "reconstruction", "What could each party read?", _RUN) + _of(
+        document, "close_up", "What could each party read off small rounds?", _CLOSE
+    )
+
+
+def _of(document: Document, key: str, title: str, lede: str) -> str:
+    parties = [(name, one) for name, one in entries(document, key) if isinstance(one, Mapping)][:20]
     if not parties:
         return ""
     order = [*VIEWS]
@@ -35,15 +50,10 @@ def of(document: Document) -> str:
         ("t", "of whom"),
     ]
     body = table(heads, [_row(name, one, scale) for name, one in parties])
-    notes = "".join(_notes(one) for _, one in parties)
+    # What a prepared base gives is the same in both: invented notes, not the run's rounds.
+    notes = "".join(_notes(one) for _, one in parties) if key == "reconstruction" else ""
     clients = "".join(_clients(name, one, scale) for name, one in parties)
-    return section(
-        "What could each party read?",
-        "Each party was given exactly what it sees in a run and looked in it for the tokens (words and parts of words) of the "
-        "training text. Hollow: chance, which is what the same search finds in noise; filled: what was recovered, orange where "
-        "it is more than 6 points above chance. ROUGE-L says how much of a text came out in the right order, from 0 to 1.",
-        f"{body}{notes}{clients}",
-    ) + _examples(parties)
+    return section(title, lede, f"{body}{notes}{clients}") + _examples(parties)
 
 
 def _row(name: str, one: Mapping[str, Any], scale: Scale) -> list[str]:

@@ -22,8 +22,8 @@ from tests.e2e.commands import failed, here, lamina, run_words
 
 KEYS = {
     "schema", "lamina", "made_at", "seconds", "quick", "seed", "settings", "subject", "claim", "mechanism", "checks",
-    "membership", "exposure", "one_run", "client_canaries", "reconstruction", "extraction", "novelty", "defences", "verdict",
-    "reasons", "limits", "signature",
+    "membership", "exposure", "one_run", "client_canaries", "reconstruction", "close_up", "extraction", "novelty", "defences",
+    "verdict", "reasons", "limits", "signature",
 }  # fmt: skip
 # An audit of the smallest size.
 SMALL = ("--quick", "canaries=24", "rows=8", "guesses=8", "examples=8", "shadows=2")
@@ -140,6 +140,7 @@ def test_a_finished_run_with_kept_updates(leaking: Path, capsys: pytest.CaptureF
     assert peer["applicable"]
     assert peer["individuals"]
     assert set(peer["by_client"]) == {"1", "2"}  # of the others; the peer is client 0
+    assert found["close_up"]["peer"]["individuals"]
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -268,7 +269,8 @@ def test_a_report_without_text(leaking: Path, tmp_path: Path, capsys: pytest.Cap
     words = ("audit", str(leaking), *SMALL, "parts=reconstruction,extraction,novelty", f"output={tmp_path}/audit")
     assert here(capsys, *words, "show_text=false").code == 0
     found = document(tmp_path / "audit")
-    assert not any(one["examples"] for one in found["reconstruction"].values())
+    for part in ("reconstruction", "close_up"):
+        assert not any(one["examples"] for one in found[part].values())
     assert found["novelty"]["samples"] == []
     assert found["reconstruction"]["peer"]["recall"] is not None
 
