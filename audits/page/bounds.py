@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lamina.audits.page.reading import interval, number
+from lamina.audits.page.reading import at, interval, number
 from lamina.audits.page.words import claimed, epsilon, from_zero, percent, spread
 from lamina.protos.pages.rows import scaled, span_row
 from lamina.protos.pages.tables import num, section, table
@@ -64,8 +64,13 @@ def _method(document: Document) -> str:
         if level is not None and 0 < level < 1
         else ""
     )
+    coins = (
+        f"{num(canaries, 0)} rows of the run stand for canaries: their hash, taken for a coin, decided which were trained on."
+        if at(document, "membership.of") == "rows"
+        else f"Of {num(canaries, 0)} canaries, each was trained on or left out by the toss of a coin."
+    )
     return (
-        f"Of {num(canaries, 0)} canaries, each was trained on or left out by the toss of a coin. The audit guessed for "
+        f"{coins} The audit guessed for "
         f"{num(guesses, 0)} of them which it was, and {num(right, 0)} guesses were right; by chance it would be "
         f"{num(guesses / 2 if guesses is not None else None, 0)}.{often}"
     )

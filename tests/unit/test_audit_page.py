@@ -288,3 +288,11 @@ def test_only_what_is_clearly_above_chance_is_coloured() -> None:
     """Noise that hides the tokens leaves recall within 0.06 of chance."""
     colours = [words.leaking(recall, 0.1) for recall in (None, 0.05, 0.1, 0.159, 0.161, 0.9)]
     assert colours == ["c6", "c6", "c6", "c6", "c1", "c1"]
+
+
+def test_rows_that_stand_for_canaries_are_called_rows() -> None:
+    document = private()
+    assert "by the toss of a coin" in render(document)
+    document["membership"]["of"] = "rows"
+    assert "rows of the run stand for canaries" in render(document)
+    assert "by the toss of a coin" not in render(document)
