@@ -191,7 +191,15 @@ def test_a_planted_mistake_is_found(
     assert [reason.split(":")[0] for reason in reasons] == check.split(", ")
 
 
-@pytest.mark.parametrize("words", [(), ("strategy=ffa",), ("strategy=ffa", "privacy.secagg=true", "clients.count=3")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("strategy=core",),
+        ("strategy=stack", "wire.format=bf16"),
+        ("strategy=ffa", "privacy.secagg=true", "clients.count=3"),
+    ],
+)
 def test_a_right_mechanism_passes(words: Sequence[str], llama: Path, notes: Path, tmp_path: Path) -> None:
     found = audits.campaign(audits.small(llama, notes, *audits.PRIVATE, *words), tmp_path)
     checks = _checks(found, tmp_path)
