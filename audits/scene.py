@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from lamina import __version__
 from lamina.audits import canaries as making
-from lamina.audits import reading
+from lamina.audits import reading, witness
 from lamina.audits.canaries import Canaries
 from lamina.audits.reading import Finished
 from lamina.audits.settings import Settings
@@ -207,14 +205,14 @@ def _simulated(
         )  # text can be read back from the updates that it keeps
         going_on = before is not None and any(path.glob("checkpoints/round-*"))
         write_atomic(mark, json.dumps({"fingerprint": fingerprint}))
-        looking = Witness(watcher, list(_read_notes(notes)) if going_on else [])
+        looking = Witness(watcher, list(witness.kept(notes)) if going_on else [])
         wanted = replace(config, output=str(path), resume=str(path) if going_on else "")
         try:
             with looking.watching():
                 simulate(wanted, looking, prepared)
         finally:
-            _write_notes(notes, looking.seen)
-    return reading.read(path, []), _read_notes(notes)
+            witness.keep(notes, looking.seen)
+    return reading.read(path, []), witness.kept(notes)
 
 
 def _fingerprint(config: Config, settings: Settings, prepared: Prepared) -> str:
@@ -229,43 +227,6 @@ def _fingerprint(config: Config, settings: Settings, prepared: Prepared) -> str:
         dict(prepared.base.spec.hashes),
     ]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-
-
-def _write_notes(path: Path, seen: Sequence[Seen]) -> None:
-    length = min((one.some.size for one in seen if one.some.size), default=0)
-    most = max((one.sizes.size for one in seen), default=0)
-    names = np.array([[one.client, str(one.round), str(one.step)] for one in seen], dtype="U64").reshape(-1, 3)
-    sizes, squares = np.zeros((len(seen), most), np.int64), np.zeros((len(seen), most))
-    for row, one in enumerate(seen):
-        sizes[row, : one.sizes.size], squares[row, : one.sizes.size] = one.sizes, one.squares
-    some = np.stack([one.some[:length] for one in seen if one.some.size] or [np.zeros(0, np.float32)])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"writing-{path.name}")
-    with partial.open("wb") as file:
-        sent = np.array([one.sent for one in seen], np.float64)
-        np.savez(file, names=names, sizes=sizes, squares=squares, some=some, sent=sent)
-    partial.replace(path)
-
-
-def _read_notes(path: Path) -> tuple[Seen, ...]:
-    if not path.is_file():
-        return ()
-    with np.load(path, allow_pickle=False) as held:
-        names, sizes, squares, some, sent = (held[name] for name in ("names", "sizes", "squares", "some", "sent"))
-    empty = np.zeros(0, np.float32)
-    counts = (sizes > 0).sum(axis=1)
-    return tuple(
-        Seen(
-            client=str(name[0]),
-            round=int(name[1]),
-            step=int(name[2]),
-            sizes=sizes[row, : counts[row]],
-            squares=squares[row, : counts[row]],
-            some=some[row] if row < len(some) else empty,
-            sent=float(sent[row]),
-        )
-        for row, name in enumerate(names)
-    )
 
 
 def of_run(settings: Settings, overrides: list[str], folder: Path, watcher: Watcher) -> Scene:

@@ -8,9 +8,10 @@ there cannot hide from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -245,3 +246,54 @@ def largest_correlation(seen: list[Seen], deviations: Mapping[str, float]) -> tu
     first, second = np.unravel_index(int(alike.argmax()), alike.shape)
     named = [f"client {one.client}, round {one.round}, step {one.step}" for one in (kept[first], kept[second])]
     return float(alike.max()), " and ".join(named), len(kept) * (len(kept) - 1) // 2
+
+
+def keep(path: Path, seen: Sequence[Seen]) -> None:
+    """Write what was seen, so that an audit that is broken off can go on.
+
+    Args:
+        path: The file.
+        seen: By a witness.
+    """
+    length = min((one.some.size for one in seen if one.some.size), default=0)
+    most = max((one.sizes.size for one in seen), default=0)
+    names = np.array([[one.client, str(one.round), str(one.step)] for one in seen], dtype="U64").reshape(-1, 3)
+    sizes, squares = np.zeros((len(seen), most), np.int64), np.zeros((len(seen), most))
+    for row, one in enumerate(seen):
+        sizes[row, : one.sizes.size], squares[row, : one.sizes.size] = one.sizes, one.squares
+    some = np.stack([one.some[:length] for one in seen if one.some.size] or [np.zeros(0, np.float32)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"writing-{path.name}")
+    with partial.open("wb") as file:
+        sent = np.array([one.sent for one in seen], np.float64)
+        np.savez(file, names=names, sizes=sizes, squares=squares, some=some, sent=sent)
+    partial.replace(path)
+
+
+def kept(path: Path) -> tuple[Seen, ...]:
+    """The inverse of `keep`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What was seen; nothing where there is no file.
+    """
+    if not path.is_file():
+        return ()
+    with np.load(path, allow_pickle=False) as held:
+        names, sizes, squares, some, sent = (held[name] for name in ("names", "sizes", "squares", "some", "sent"))
+    empty = np.zeros(0, np.float32)
+    counts = (sizes > 0).sum(axis=1)
+    return tuple(
+        Seen(
+            client=str(name[0]),
+            round=int(name[1]),
+            step=int(name[2]),
+            sizes=sizes[row, : counts[row]],
+            squares=squares[row, : counts[row]],
+            some=some[row] if row < len(some) else empty,
+            sent=float(sent[row]),
+        )
+        for row, name in enumerate(names)
+    )
