@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 # By RDP, which is up to a half above the truth: a run's own accountant goes by loss distributions up to 100, and what is computed
@@ -55,18 +57,21 @@ def epsilon(parts: Iterable[Steps], delta: float) -> float:
     Returns:
         By privacy loss distributions, or by RDP where that is already large; 0 for no steps.
     """
+    events: Counter[tuple[float, float]] = Counter()
+    for one in parts:
+        events[one.sample_rate, one.noise_multiplier] += one.steps
+    return _epsilon(tuple(sorted(events.items())), delta) if events else 0.0
+
+
+@lru_cache(4096)
+def _epsilon(events: tuple[tuple[tuple[float, float], int], ...], delta: float) -> float:
+    """That of steps by sample rate and noise multiplier; clients are often alike, and rounds follow rounds."""
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent, pld, rdp
 
     logging.getLogger("absl").setLevel(logging.ERROR)
-    events: dict[tuple[float, float], int] = {}
-    for one in parts:
-        key = (one.sample_rate, one.noise_multiplier)
-        events[key] = events.get(key, 0) + one.steps
-    if not events:
-        return 0.0
 
     def composed(accountant: Any) -> float:
-        for (rate, noise), count in sorted(events.items()):
+        for (rate, noise), count in events:
             accountant.compose(SelfComposedDpEvent(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), count))
         return float(accountant.get_epsilon(delta))
 

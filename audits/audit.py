@@ -79,9 +79,9 @@ def audit(
     else:
         telling.begin("run", f"{settings.run_dir} with its base and data")
         found = scene.of_run(settings, overrides, folder, watcher)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # finished parts hold text of the data
     work = Work(found, settings, folder, telling)
-    results = {name: _kept(work, name) for name in PARTS if name in settings.parts}
+    key = _fingerprint(work)
+    results = {name: _kept(work, name, key) for name in PARTS if name in settings.parts}
     checks = [Check(**one) for one in (results.get("mechanism") or {}).get("checks", [])]
     claim = document.claim(found)
     canaries = results.get("canaries") or {}
@@ -133,11 +133,10 @@ def finish(folder: Path) -> None:
     shutil.rmtree(folder / "parts", ignore_errors=True)
 
 
-def _kept(work: Work, name: str) -> Json | None:
+def _kept(work: Work, name: str, key: str) -> Json | None:
     """A part's result, from an earlier call that was broken off or made now."""
     path = work.folder / "parts" / f"{name}.json"
     what, make = _MAKING[name]
-    key = _fingerprint(work)
     if path.is_file():
         before = json.loads(path.read_text())
         if before.get("key") == key:
@@ -145,7 +144,6 @@ def _kept(work: Work, name: str) -> Json | None:
             return before["result"]  # type: ignore[no-any-return]
     progress = work.telling.begin(name, what)
     result, line = make(work, progress)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # text of the data is in it
     write_atomic(path, json.dumps({"key": key, "result": result}, allow_nan=False))
     work.telling.done(line)
     return result
@@ -155,10 +153,8 @@ def _fingerprint(work: Work) -> str:
     how = replace(work.settings, run_dir=None, output=None, fail_on="", identity="", parts=(), show_text=True)
     text = json.dumps([str(how), work.scene.run.hashes(), __version__, work.scene.origin], sort_keys=True)
     found = hashlib.sha256(text.encode())
-    for some in (
-        work.scene.prepared.train,
-        work.scene.prepared.held_out,
-    ):  # of a deployment, nothing else knows the rows
+    # Of a deployment, nothing else knows the rows.
+    for some in (work.scene.prepared.train, work.scene.prepared.held_out):
         for client, examples in some.items():
             found.update(client.encode())
             for example in examples:
@@ -186,8 +182,8 @@ def _mechanism(work: Work, progress: Progress) -> tuple[Json | None, str]:
         by_client: dict[str, list[Mapping[str, Any]]] = {}
         for event in history:
             by_client.setdefault(str(event["client_id"]), []).append(event)
-        units = float(config.train.batch_size * config.train.accumulation)
-        checks += [mechanism.noise(seen, by_client, units), mechanism.independence(seen, by_client, units)]
+        deviations = mechanism.deviations(by_client, float(config.train.batch_size * config.train.accumulation))
+        checks += [mechanism.noise(seen, deviations), mechanism.independence(seen, deviations)]
         checks += [mechanism.update(seen, config.wire.format), mechanism.figures(found.run.rounds)]
         client, private = next(iter(found.private.items()))
         rates = [float(event["sample_rate"]) for event in by_client.get(client, ())]
@@ -222,17 +218,14 @@ def _probed(found: Scene, client: str, private: Private, rates: Sequence[float])
 
 def _canaries(work: Work, progress: Progress) -> tuple[Json | None, str]:
     found = work.scene
-    if found.config.privacy.mode == "client-dp" and found.origin == "campaign":
-        done = client_canaries.client_canaries(
-            found.config, work.folder, 50 if work.settings.quick else 100, progress, found.prepared
-        )
-        result = remembered.of_canaries(found, work.settings) | {
-            "client_canaries": {**client_canaries.json_of(done), "beyond": beyond(done.found, done.analytic)}
-        }
-        return result, f"canary clients: epsilon about {done.found.epsilon:.3g}, by the ledger {done.analytic:.3g}"
     if not found.canaries:
         return None, "none in this run: a campaign of the audit's own has them"
     result = remembered.of_canaries(found, work.settings)
+    if found.config.privacy.mode == "client-dp":
+        count = 50 if work.settings.quick else 100
+        done = client_canaries.client_canaries(found.config, work.folder, count, progress, found.prepared)
+        result["client_canaries"] = {**client_canaries.json_of(done), "beyond": beyond(done.found, done.analytic)}
+        return result, f"canary clients: epsilon about {done.found.epsilon:.3g}, by the ledger {done.analytic:.3g}"
     bound = result["one_run"]
     return result, (
         f"AUC {result['membership']['auc']:.3f}; {bound['right']} of {bound['guesses']} guesses right: "

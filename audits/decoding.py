@@ -102,7 +102,7 @@ def _to_its_end(row: Ids, end: int | None) -> Ids:
     return row[: ends[0] + 1] if ends.size else row
 
 
-def text_of(base: Base, tokens: Ids | Sequence[int]) -> str:
+def text_of(base: Base, tokens: NDArray[np.integer[Any]] | Sequence[int]) -> str:
     """Tokens as text, without special ones.
 
     Args:

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lamina.client.model import PREFIX
 from lamina.client.train import fresh_rows
 from lamina.protos.adapter import Adapter, LoraFactors, folded
 from lamina.protos.errors import ConfigError
-
-_PEFT = "base_model.model."
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +57,10 @@ def read_adapter(path: Path, modules: Iterable[str], dense: Iterable[str] = ()) 
             scales = json.loads(metadata.get("scales", "{}"))
             names, lora = set(file.keys()), {}
             whole = {
-                name: file.get_tensor(full) for name in dense for full in (name, f"{_PEFT}{name}") if full in names
+                name: file.get_tensor(full) for name in dense for full in (name, f"{PREFIX}{name}") if full in names
             }
             for module in modules:
-                for prefix in ("", _PEFT):
+                for prefix in ("", PREFIX):
                     sides = [f"{prefix}{module}.lora_{side}.weight" for side in "AB"]
                     if names.issuperset(sides):
                         rows, columns = (file.get_tensor(name) for name in sides)
@@ -78,6 +77,19 @@ def read_adapter(path: Path, modules: Iterable[str], dense: Iterable[str] = ()) 
     return Adapter(lora, whole), metadata
 
 
+def round_folders(run_dir: Path) -> list[Path]:
+    """Where updates were kept.
+
+    Args:
+        run_dir: The run directory.
+
+    Returns:
+        `rounds/0001` and so on, in order.
+    """
+    found = (one for one in run_dir.glob("rounds/[0-9]*") if one.name.isdigit() and (one / "updates").is_dir())
+    return sorted(found, key=lambda one: int(one.name))
+
+
 def read_rounds(run_dir: Path, modules: Sequence[str]) -> tuple[KeptRound, ...]:
     """The kept rounds of a run.
 
@@ -91,7 +103,7 @@ def read_rounds(run_dir: Path, modules: Sequence[str]) -> tuple[KeptRound, ...]:
     Raises:
         ConfigError: If none was kept, or a file cannot be read.
     """
-    folders = sorted(one for one in (run_dir / "rounds").glob("[0-9]*") if (one / "updates").is_dir())
+    folders = round_folders(run_dir)
     if not folders:
         raise ConfigError(
             f"{run_dir}: expected rounds/NNNN/updates, got none: what a party saw cannot be rebuilt. Run with keep_updates=true."

@@ -17,8 +17,8 @@ from lamina.audits.accounting import Steps
 from lamina.audits.witness import Seen
 from lamina.protos.errors import LaminaError
 
-# How far chance moves what is measured, in standard deviations: one false alarm in two million.
-_FAR_LEAST = 7.0  # of the least of some ten thousand sums of squares, which have no symmetric tails
+# Deviations by which chance moves the least of some ten thousand sums of squares, which have no symmetric tails.
+_FAR_LEAST = 7.0
 _ALIKE = 0.5  # of two independent draws nothing comes near
 # Relative, of numbers that went through the wire's format and back.
 _WIRE = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 2e-2, "int8": 5e-2}
@@ -43,21 +43,35 @@ class Check:
     text: str
 
 
-def noise(seen: list[Seen], claims: Mapping[str, Sequence[Mapping[str, Any]]], expected_units: float) -> Check:
+def deviations(claims: Mapping[str, Sequence[Mapping[str, Any]]], expected_units: float) -> dict[str, float]:
+    """How large the noise in each client's gradients is, as the client claims.
+
+    Args:
+        claims: Client id -> its events.
+        expected_units: By which a step's noised sum is divided.
+
+    Returns:
+        Client id -> deviation.
+    """
+    return {
+        client: float(events[0]["noise_multiplier"]) * float(events[0]["clip"]) / expected_units
+        for client, events in claims.items()
+    }
+
+
+def noise(seen: list[Seen], claimed: Mapping[str, float]) -> Check:
     """Whether gradients hold at least the noise that the clients claim.
 
     What the data give is added to the noise and independent of it, so the numbers are never smaller than the noise alone.
 
     Args:
         seen: By a witness.
-        claims: Client id -> its events.
-        expected_units: By which a step's noised sum is divided.
+        claimed: See `deviations`.
 
     Returns:
         The check.
     """
-    deviations = _deviations(claims, expected_units)
-    looked = (witness.noise_of(seen, client, one) for client, one in deviations.items())
+    looked = (witness.noise_of(seen, client, one) for client, one in claimed.items())
     found = [one for one in looked if one is not None]
     worst = max(found, key=lambda one: one.surprise, default=None)
     return Check(
@@ -72,15 +86,7 @@ def noise(seen: list[Seen], claims: Mapping[str, Sequence[Mapping[str, Any]]], e
     )
 
 
-def _deviations(claims: Mapping[str, Sequence[Mapping[str, Any]]], expected_units: float) -> dict[str, float]:
-    """Client id -> deviation of the noise in its gradients, as it claims."""
-    return {
-        client: float(events[0]["noise_multiplier"]) * float(events[0]["clip"]) / expected_units
-        for client, events in claims.items()
-    }
-
-
-def independence(seen: list[Seen], claims: Mapping[str, Sequence[Mapping[str, Any]]], expected_units: float) -> Check:
+def independence(seen: list[Seen], claimed: Mapping[str, float]) -> Check:
     """Whether no noise is used twice, by two clients, rounds or steps.
 
     What the data give is alike from step to step and may make gradients so: as much of a correlation as is explained by what two
@@ -88,13 +94,12 @@ def independence(seen: list[Seen], claims: Mapping[str, Sequence[Mapping[str, An
 
     Args:
         seen: By a witness.
-        claims: Client id -> its events.
-        expected_units: By which a step's noised sum is divided.
+        claimed: See `deviations`.
 
     Returns:
         The check.
     """
-    found, where, pairs = witness.largest_correlation(seen, _deviations(claims, expected_units))
+    found, where, pairs = witness.largest_correlation(seen, claimed)
     return Check(
         "independence",
         None if math.isnan(found) else found < _ALIKE,
@@ -125,19 +130,17 @@ def cost(
     Returns:
         The check, and the largest epsilon computed anew.
     """
-    cache: dict[tuple[Steps, ...], float] = {}
     worst, wrong = 0.0, []
     for client, steps in happened.items():
-        key = tuple(steps)
-        cache.setdefault(key, accounting.epsilon(steps, delta))
-        worst = max(worst, cache[key])
+        truly = accounting.epsilon(steps, delta)
+        worst = max(worst, truly)
         told = min(claimed.get(client, whole), whole)
         who = f"client {client}" if client else "the central mechanism"
         if not steps:
             wrong.append(f"{who}: its rounds were counted nowhere")
-        if accounting.understated(told, cache[key]):
+        if accounting.understated(told, truly):
             wrong.append(f"{who}: {told:.4g} was reported")
-        if budget is not None and accounting.understated(budget, cache[key]):
+        if budget is not None and accounting.understated(budget, truly):
             wrong.append(f"{who}: {budget:g} was promised")
     return (
         Check(

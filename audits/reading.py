@@ -103,7 +103,7 @@ def read(path: Path, overrides: list[str]) -> Finished:
         rounds=rounds,
         spec=schema,
         adapter=read_adapter(path / "adapter" / "adapter_model.safetensors", schema),
-        kept=kept_rounds(path),
+        kept=tuple(int(one.name) for one in kept.round_folders(path)),
         history=_history(path),
     )
 
@@ -144,19 +144,6 @@ def _check_shape(summary: Any, rounds: list[Any]) -> None:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
-
-
-def kept_rounds(path: Path) -> tuple[int, ...]:
-    """Rounds with updates under `rounds/`.
-
-    Args:
-        path: The run directory.
-
-    Returns:
-        Their numbers.
-    """
-    folders = path.glob("rounds/[0-9]*")
-    return tuple(sorted(int(one.name) for one in folders if one.name.isdigit() and (one / "updates").is_dir()))
 
 
 def read_adapter(file: Path, schema: AdapterSpec) -> Adapter:

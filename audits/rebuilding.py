@@ -33,13 +33,13 @@ def rebuilt(
     how = attack.QUICK if settings.quick else attack.Settings(seed=found.config.seed)
     if not invented:
         how = replace(how, scenario=None)
-    if how.scenario is not None:
-        noise, clip = _noise(found)
-        how = replace(how, scenario=replace(how.scenario, noise_multiplier=noise, max_grad_norm=clip))
     base, examples, own = found.prepared.base, found.prepared.train, found.own_client
     if own and found.config.privacy.mode == "example-dp":
         why = "which rows a site's steps drew is that site's secret and kept nowhere, so it is not known what would be right"
         return attack.document({view: attack.Result(False, why) for view in (*views.PARTIES, attack.MALICIOUS)})
+    if how.scenario is not None and found.config.privacy.mode == "example-dp":
+        noise, clip = found.noise_multiplier(), found.config.train.max_grad_norm
+        how = replace(how, scenario=replace(how.scenario, noise_multiplier=noise, max_grad_norm=clip))
     result = attack.reconstruct(found.run.path, found.config, base, examples, how, progress, own)
     result = _without_noised(result) if found.config.privacy.mode == "client-dp" else result
     return attack.document({view: one for view, one in result.items() if invented or view != attack.MALICIOUS})
@@ -52,13 +52,3 @@ def _without_noised(result: Mapping[str, Result]) -> dict[str, Result]:
         view: one if view in ("coordinator", attack.MALICIOUS) else attack.Result(False, why)
         for view, one in result.items()
     }
-
-
-def _noise(found: Scene) -> tuple[float | None, float]:
-    """Noise multiplier and clipping norm of the clients' steps, None where they have no noise."""
-    clip = found.config.train.max_grad_norm
-    if found.config.privacy.mode != "example-dp":
-        return None, clip
-    if found.run.history:
-        return float(found.run.history[0]["noise_multiplier"]), clip
-    return found.config.privacy.noise_multiplier, clip

@@ -21,13 +21,14 @@ from lamina.audits.membership.attacks import PRIMARY, Scores, attack, strangers,
 from lamina.audits.membership.shadows import Progress
 from lamina.audits.membership.shadows import Settings as ShadowSettings
 from lamina.audits.membership.statistics import Statistics, measured
-from lamina.audits.scene import Scene
+from lamina.audits.scene import Scene, one_a_row
 from lamina.audits.settings import Settings
 from lamina.client.data import Example
+from lamina.client.frozen import Frozen
 from lamina.client.losses import collate, pad_id
 from lamina.client.model import Base, put
 from lamina.protos import seeds
-from lamina.protos.adapter import EMPTY
+from lamina.protos.adapter import EMPTY, Adapter
 
 Floats = NDArray[np.float64]
 _BATCH, _DELTA = 64, 1e-5
@@ -46,7 +47,7 @@ def of_canaries(scene: Scene, settings: Settings) -> dict[str, Any]:
         `membership` (without rows), `one_run` and `exposure`.
     """
     rare = scene.canaries[0]
-    public = _under(scene.prepared.base, rare.examples, None)
+    public = _under(scene.prepared.base, rare.examples)
     views = {name: _gathered(scene, rare, name) for name in _views(scene)}
     attacks: dict[str, Any] = {}
     classes = rare.examples[0].label >= 0
@@ -78,7 +79,7 @@ def _views(scene: Scene) -> tuple[str, ...]:
 def _gathered(scene: Scene, canaries: Canaries, view: str) -> Statistics:
     """Figures of canaries, each under the adapter of the view."""
     if view == "final adapter":
-        return _under(scene.prepared.base, canaries.examples, scene)
+        return _under(scene.prepared.base, canaries.examples, scene.run.adapter)
     columns = np.zeros((4, len(canaries.examples)))
     for client in dict.fromkeys(canaries.clients):
         places = [place for place, one in enumerate(canaries.clients) if one == client]
@@ -89,16 +90,14 @@ def _gathered(scene: Scene, canaries: Canaries, view: str) -> Statistics:
 
 def _of_client(scene: Scene, client: str, examples: Sequence[Example]) -> Statistics:
     last = max(record["round"] for record in scene.run.rounds if client in record["clients"])
-    adapter, beside = reading.client_model(scene.run, client, last)
-    put(scene.prepared.base, adapter, beside, trainable=False)
-    found = measured(scene.prepared.base, examples, _BATCH)
-    put(scene.prepared.base, EMPTY, None, trainable=False)
-    return found
+    return _under(scene.prepared.base, examples, *reading.client_model(scene.run, client, last))
 
 
-def _under(base: Base, examples: Sequence[Example], scene: Scene | None) -> Statistics:
-    """Figures under the final adapter, or under the public base alone."""
-    put(base, EMPTY if scene is None else scene.run.adapter, None, trainable=False)
+def _under(
+    base: Base, examples: Sequence[Example], adapter: Adapter = EMPTY, beside: Frozen | None = None
+) -> Statistics:
+    """Figures under an adapter, by default under none: of the public base alone."""
+    put(base, adapter, beside, trainable=False)
     found = measured(base, examples, _BATCH)
     put(base, EMPTY, None, trainable=False)
     return found
@@ -129,7 +128,7 @@ def _exposure(scene: Scene, settings: Settings, scores: Floats) -> dict[str, Any
     rare, new = scene.canaries
     base, count = scene.prepared.base, making.REFERENCE // (2 if settings.quick else 1)
     others = making.references(base, count, scene.config.train.max_length, scene.config.seed)
-    known = _under(base, others, None).loss - _under(base, others, scene).loss
+    known = _under(base, others).loss - _under(base, others, scene.run.adapter).loss
     found = exposures.exposure(scores[rare.included], known)
     kinds = {"rare": _of_kind(found, int(rare.included.sum()))}
     if new.included.any():
@@ -199,22 +198,12 @@ def drawn(scene: Scene, settings: Settings) -> tuple[list[Example], list[Example
     Returns:
         Members and others. Of a row only one example.
     """
-    canaries = {id(example.tokens) for some in scene.canaries for example in some.examples}
-    train = [
-        one for some in scene.prepared.train.values() for one in _one_a_row(some) if id(one.tokens) not in canaries
-    ]
-    held = [one for some in scene.prepared.held_out.values() for one in _one_a_row(some)]
+    train = [one for some in scene.real().values() for one in one_a_row(some)]
+    held = [one for some in scene.prepared.held_out.values() for one in one_a_row(some)]
     everything = [one for some in scene.prepared.train.values() for one in some]
     others = _cut(strangers(everything, held), settings.examples, scene.config.seed, "others")
     members = _cut(train, settings.examples, scene.config.seed, "members")
     return members, others
-
-
-def _one_a_row(examples: Sequence[Example]) -> list[Example]:
-    first: dict[int, Example] = {}
-    for example in examples:
-        first.setdefault(example.row, example)
-    return list(first.values())
 
 
 def _cut(examples: Sequence[Example], most: int, seed: int, name: str) -> list[Example]:
@@ -250,10 +239,7 @@ def beyond_claim(claim: Mapping[str, Any], membership: Mapping[str, Any]) -> Che
     """
     mu = gaussian.mu_of(float(claim["epsilon"]), float(claim["delta"]))
     most, auc = gaussian.largest_auc(mu), float(membership["auc"])
-    least = max(1, min(membership["members"], membership["others"]))
-    from scipy.stats import norm
-
-    slack = float(norm.isf(_ALARM)) * math.sqrt(most * (1 - most) / least)
+    slack = roc.luck(mu, membership["members"], membership["others"], _ALARM)
     return Check(
         "memory",
         auc <= most + slack,

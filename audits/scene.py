@@ -61,6 +61,44 @@ class Scene:
         """The run's config."""
         return self.run.config
 
+    def real(self) -> dict[str, list[Example]]:
+        """Client id -> training examples without the canaries among them."""
+        canaries = {id(example.tokens) for some in self.canaries for example in some.examples}
+        return {
+            client: [example for example in some if id(example.tokens) not in canaries]
+            for client, some in self.prepared.train.items()
+        }
+
+    def noise_multiplier(self) -> float:
+        """That of a run's steps under example-dp; ConfigError where the run says it nowhere."""
+        if self.private:
+            return next(iter(self.private.values())).mechanism.noise_multiplier
+        if not self.run.history:
+            raise ConfigError(
+                f"{self.run.path}: expected the events of its private mechanism, found none in its checkpoints."
+            )
+        return float(self.run.history[0]["noise_multiplier"])
+
+
+def one_a_row(examples: Sequence[Example]) -> list[Example]:
+    """The first example of each row.
+
+    Args:
+        examples: Any number of each row.
+
+    Returns:
+        In the order of the rows.
+    """
+    first: dict[int, Example] = {}
+    for example in examples:
+        first.setdefault(example.row, example)
+    return list(first.values())
+
+
+def _keeps_updates(config: Config) -> bool:
+    """Whether a run can keep its updates: not where they have no noise yet, nor where nobody has a single one."""
+    return config.privacy.mode != "client-dp" and not config.privacy.secagg
+
 
 def campaign(settings: Settings, config: Config, folder: Path, watcher: Watcher) -> Scene:
     """Run a campaign with canaries, or go on with one.
@@ -87,8 +125,7 @@ def campaign(settings: Settings, config: Config, folder: Path, watcher: Watcher)
         making.new_token(prepared.base, train, most, longest, seed),
     )
     config = _declared(config, train, found)
-    kept = config.privacy.mode != "client-dp" and not config.privacy.secagg
-    config = checked(replace(config, keep_updates=kept, checkpoints=max(2, config.checkpoints)))
+    config = checked(replace(config, keep_updates=_keeps_updates(config), checkpoints=max(2, config.checkpoints)))
     prepared = replace(prepared, train=making.inserted(train, found))
     few = {client: held[: evaluate.max_examples] for client, held in prepared.held_out.items()}
     run, seen = _simulated(config, replace(prepared, held_out=few), folder / "campaign", settings, watcher)
@@ -112,18 +149,13 @@ def close_up(found: Scene, folder: Path) -> Scene:
         ConfigError: If the run says nowhere what its noise was.
     """
     config = found.config
-    canaries = {id(example.tokens) for some in found.canaries for example in some.examples}
-    train = {
-        client: [example for example in some if id(example.tokens) not in canaries]
-        for client, some in found.prepared.train.items()
-    }
     # Without masks, which hide nothing from whoever holds the sum, and without the coordinator's own noise, which it adds to what
     # it has seen; what each party sees is decided by the views.
     privacy = replace(config.privacy, secagg=False)
     if privacy.mode == "client-dp":
         privacy = replace(privacy, mode="none", epsilon=None, noise_multiplier=None, force=False)
     elif privacy.mode == "example-dp":
-        privacy = replace(privacy, noise_multiplier=_noise(found), epsilon=None)
+        privacy = replace(privacy, noise_multiplier=found.noise_multiplier(), epsilon=None)
     small = replace(
         config,
         rounds=_CLOSE_ROUNDS,
@@ -142,21 +174,10 @@ def close_up(found: Scene, folder: Path) -> Scene:
         keep_updates=True,
     )
     few = {client: held[:1] for client, held in found.prepared.held_out.items()}
-    prepared = replace(found.prepared, train=train, held_out=few)
+    prepared = replace(found.prepared, train=found.real(), held_out=few)
     run, _ = _simulated(checked(small), prepared, folder / "close-up", Settings(canaries=8, guesses=2), Quiet())
     meant = replace(run.config.privacy, secagg=config.privacy.secagg, mode=config.privacy.mode)
     return Scene(replace(run, config=replace(run.config, privacy=meant)), prepared, origin="campaign")
-
-
-def _noise(found: Scene) -> float:
-    """The noise multiplier of a run's steps under example-dp."""
-    if found.private:
-        return next(iter(found.private.values())).mechanism.noise_multiplier
-    if not found.run.history:
-        raise ConfigError(
-            f"{found.run.path}: expected the events of its private mechanism, found none in its checkpoints."
-        )
-    return float(found.run.history[0]["noise_multiplier"])
 
 
 # A row a step, and as many more as the batches are larger than a campaign's usual ones.
@@ -169,11 +190,7 @@ def _some(examples: Sequence[Example], rows: int, seed: int, client: str) -> lis
         return list(examples)
     known = sorted({example.row for example in examples})
     drawn = set(seeds.stream(seed, "audit", "rows", client).permutation(known)[:rows].tolist())
-    first: dict[int, Example] = {}
-    for example in examples:
-        if example.row in drawn:
-            first.setdefault(example.row, example)
-    return list(first.values())
+    return [example for example in one_a_row(examples) if example.row in drawn]
 
 
 def _declared(config: Config, train: Mapping[str, Sequence[Example]], found: Sequence[Canaries]) -> Config:
@@ -200,9 +217,6 @@ def _simulated(
         )
     notes = path.with_suffix(".seen.npz")
     if not (path / "summary.json").is_file():
-        path.parent.mkdir(
-            mode=0o700, parents=True, exist_ok=True
-        )  # text can be read back from the updates that it keeps
         going_on = before is not None and any(path.glob("checkpoints/round-*"))
         write_atomic(mark, json.dumps({"fingerprint": fingerprint}))
         looking = Witness(watcher, list(witness.kept(notes)) if going_on else [])
@@ -262,7 +276,7 @@ def of_run(settings: Settings, overrides: list[str], folder: Path, watcher: Watc
     if run.kept:
         return Scene(run, prepared)
     took = float(run.summary["seconds"]["train"])
-    if run.config.privacy.mode == "client-dp" or run.config.privacy.secagg:
+    if not _keeps_updates(run.config):
         watcher.say("updates: none are kept under this privacy mode; what was released is looked at")
     elif took > (_REPLAY_QUICK_S if settings.quick else _REPLAY_S):
         watcher.say(
@@ -274,8 +288,7 @@ def of_run(settings: Settings, overrides: list[str], folder: Path, watcher: Watc
 
 
 def _replayed(run: Finished, prepared: Prepared, folder: Path, settings: Settings, watcher: Watcher) -> Scene:
-    config = run.config
-    kept = config.privacy.mode != "client-dp" and not config.privacy.secagg
+    config, kept = run.config, _keeps_updates(run.config)
     evaluate = replace(config.evaluate, every=config.rounds, max_examples=8)
     again = replace(
         config, keep_updates=kept, evaluate=evaluate, data=replace(config.data, generate=0), baselines=[], resume=""
@@ -342,7 +355,7 @@ def _of_deployment(settings: Settings, run: Finished, say: Say) -> Scene:
     say(f"reading {config.data.source}")
     own = own_examples(config, schema.labels, base.tokenizer)
     _check_rows(run, client, own.held_out)
-    corpus = {"source": config.data.source, "hash": _hashed([*own.train, *own.held_out]), "rows": len(own.train)}
+    corpus = {"source": config.data.source, "hash": "", "rows": len(own.train)}
     prepared = Prepared(
         base, {client: base}, {client: client}, {client: own.train}, {client: own.held_out}, schema.labels, corpus
     )
@@ -361,10 +374,3 @@ def _check_rows(run: Finished, client: str, held_out: Sequence[Example]) -> None
             f"data.source={run.config.data.source} holds out {got:,}. Give that site's rows with data=, and the data.* settings "
             "that it had."
         )
-
-
-def _hashed(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for one in examples:
-        digest.update(f"{len(one.tokens)} {one.label} ".encode() + one.tokens.tobytes())
-    return digest.hexdigest()

@@ -262,7 +262,6 @@ def keep(path: Path, seen: Sequence[Seen]) -> None:
     for row, one in enumerate(seen):
         sizes[row, : one.sizes.size], squares[row, : one.sizes.size] = one.sizes, one.squares
     some = np.stack([one.some[:length] for one in seen if one.some.size] or [np.zeros(0, np.float32)])
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"writing-{path.name}")
     with partial.open("wb") as file:
         sent = np.array([one.sent for one in seen], np.float64)

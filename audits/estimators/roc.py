@@ -114,9 +114,23 @@ def beyond(found: Roc, mu: float, significance: float = 0.01) -> bool:
     Returns:
         True if the area is too large.
     """
+    return found.auc > gaussian.largest_auc(mu) + luck(mu, found.members, found.others, significance)
+
+
+def luck(mu: float, members: int, others: int, significance: float) -> float:
+    """How far an area may lie above the largest that a Gaussian curve allows, by the luck of the sample; see `beyond`.
+
+    Args:
+        mu: Of the curve.
+        members: n.
+        others: k.
+        significance: Chance of lying further above, at most.
+
+    Returns:
+        That many deviations of an area of this size.
+    """
     most = gaussian.largest_auc(mu)
-    deviation = math.sqrt(most * (1 - most) / min(found.members, found.others))
-    return found.auc > most + float(norm.isf(significance)) * deviation
+    return float(norm.isf(significance)) * math.sqrt(most * (1 - most) / min(members, others))
 
 
 def json_of(found: Roc, needs: str) -> dict[str, Any]:

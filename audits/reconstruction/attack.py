@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.audits import views
+from lamina.audits.decoding import text_of
 from lamina.audits.estimators.roc import clopper_pearson
 from lamina.audits.kept import KeptRound, read_rounds
 from lamina.audits.reconstruction import malicious
@@ -274,7 +275,7 @@ def _with_texts(
         matches.append(match)
         chances.append(best_match(guess, [tokens for _, tokens in originals])[0])
         client, original = originals[max(nearest, 0)]
-        texts.append(Text(client, _decoded(base, original[: 2 * length]), _decoded(base, text)))
+        texts.append(Text(client, text_of(base, original[: 2 * length]), text_of(base, text)))
     if not matches:
         return result
     mean, by_chance = float(np.mean(matches)), float(np.mean(chances))
@@ -288,10 +289,6 @@ def _elsewhere(looks: Sequence[tuple[Seen, Scored]], number: int, count: int, se
         if not set(seen.clients) & set(mine.clients):
             return top(others.scores, count)
     return seeds.stream(seed, "audit", "tokens", number).permutation(len(scores.scores))[:count].astype(np.int64)
-
-
-def _decoded(base: Base, ids: Sequence[int] | NDArray[Any]) -> str:
-    return str(base.tokenizer.decode([int(one) for one in ids], skip_special_tokens=True))
 
 
 def _malicious(config: Config, base: Base, inputs: Inputs, settings: Settings) -> Result:
