@@ -27,27 +27,28 @@ def _saved(model: Any, folder: Path) -> Path:
     return add_tokenizer(folder)
 
 
-def save_llama(folder: Path, seed: int = 0) -> Path:
-    """Two layers, four query and two key heads, every target at least 8 wide."""
+def _save_llama(folder: Path, seed: int, **sizes: Any) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=_VOCABULARY,
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    config = LlamaConfig(vocab_size=_VOCABULARY, num_attention_heads=4, tie_word_embeddings=True, **ends, **sizes)
+    return _saved(LlamaForCausalLM(config), folder)
+
+
+def save_llama(folder: Path, seed: int = 0) -> Path:
+    """Two layers, four query and two key heads, every target at least 8 wide."""
+    return _save_llama(
+        folder,
+        seed,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
         initializer_range=0.2,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
     )
-    return _saved(LlamaForCausalLM(config), folder)
 
 
 def save_bert(folder: Path, seed: int = 0) -> Path:
@@ -112,22 +113,13 @@ def save_gpt2(folder: Path, seed: int = 0) -> Path:
 
 def save_wide_llama(folder: Path, seed: int = 0) -> Path:
     """One layer of 128 numbers, so that a rank of 16 in three modules does not fill the space of the inputs."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=_VOCABULARY,
+    return _save_llama(
+        folder,
+        seed,
         hidden_size=128,
         intermediate_size=128,
         num_hidden_layers=1,
-        num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=128,
         initializer_range=0.06,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
     )
-    return _saved(LlamaForCausalLM(config), folder)
